@@ -1,0 +1,125 @@
+"""Agent definitions. Postgres owns the truth; Redis has a copy of each, so that the chat path never asks Postgres."""
+
+from typing import Annotated, Any
+from uuid import UUID
+
+import msgspec
+
+from persistence.connection import Client, call
+from persistence.errors import Damaged
+from persistence.keys import Keys
+from persistence.records import Channel
+from persistence.sessions import IfBusy, TurnPolicy
+
+Domain = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+
+
+class RateLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """At most `messages` turns per session in `per_s` seconds."""
+
+    messages: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
+    per_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
+
+
+class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an operator sets of an agent: the body of `PUT /api/agents/{agent_id}`.
+
+    `graph` names a built-in graph or an entry of langgraph.json, `config` is handed to it. `history_window` counts
+    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any.
+    """
+
+    graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    config: dict[str, Any] = {}
+    allowed_domains: Annotated[list[Domain], msgspec.Meta(max_length=1000)] = []
+    channels: Annotated[list[Channel], msgspec.Meta(min_length=1)] = ["text", "voice", "phone"]
+    history_window: Annotated[int, msgspec.Meta(ge=0, le=2000)] = 50
+    hot_ttl_s: Annotated[int, msgspec.Meta(ge=1, le=2_592_000)] = 1800
+    turn_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60
+    if_busy: IfBusy = "queue"
+    rate_limit: RateLimit | None = RateLimit(30, 60)
+    require_token: bool = False
+    active: bool = True
+
+    @property
+    def policy(self) -> TurnPolicy:
+        """What the Redis layer needs to know of it. A turn has two messages; one turn at least stays hot."""
+        limit = self.rate_limit
+        return TurnPolicy(
+            hot_turns=max(1, (self.history_window + 1) // 2),
+            hot_ttl_s=self.hot_ttl_s,
+            if_busy=self.if_busy,
+            rate_messages=limit.messages if limit else 0,
+            rate_per_s=limit.per_s if limit else 60,
+        )
+
+
+class Agent(msgspec.Struct, frozen=True):
+    """An agent: its UUID, its unique name, its definition."""
+
+    id: str
+    name: str
+    definition: AgentDefinition
+
+
+def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:
+    """A definition from its stored JSON. Raises Damaged."""
+    try:
+        return msgspec.json.decode(raw, type=AgentDefinition)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Damaged(where, "definition", str(error)) from error
+
+
+def as_uuid(reference: str) -> str | None:
+    """The canonical form of a UUID, or None if it is a name."""
+    try:
+        return str(UUID(reference))
+    except ValueError:
+        return None
+
+
+class AgentCopies:
+    """The copies of agent definitions in Redis: a hash under the id, and one under the name that points at it."""
+
+    def __init__(self, client: Client, keys: Keys) -> None:
+        self._client = client
+        self._keys = keys
+
+    async def find(self, reference: str) -> Agent | None:
+        """An agent by UUID or name, or None when Redis has no copy. Raises Damaged."""
+        agent_id = as_uuid(reference)
+        if agent_id is None:
+            pointer = await self._hash(reference)
+            if not pointer:
+                return None
+            agent_id = pointer.get(b"id", b"").decode(errors="replace")
+        fields = await self._hash(agent_id)
+        if not fields:
+            return None
+        where = self._keys.agent(agent_id)
+        try:
+            name, raw = fields[b"name"].decode(), fields[b"definition"]
+        except (KeyError, UnicodeDecodeError) as error:
+            raise Damaged(where, str(error), "is missing or unreadable") from error
+        if fields.get(b"id") != agent_id.encode():
+            raise Damaged(where, "id", "is another agent's")
+        if as_uuid(reference) is None and name != reference:
+            return None
+        return Agent(agent_id, name, decode_definition(raw, where))
+
+    async def put(self, agent: Agent, old_name: str | None = None) -> None:
+        """Writes the copy of an agent."""
+        fields = ("id", agent.id, "name", agent.name, "definition", msgspec.json.encode(agent.definition))
+        await call(lambda: self._client.execute_command("HSET", self._keys.agent(agent.id), *fields))
+        await call(lambda: self._client.execute_command("HSET", self._keys.agent(agent.name), "id", agent.id))
+        if old_name and old_name != agent.name:
+            await call(lambda: self._client.execute_command("DEL", self._keys.agent(old_name)))
+
+    async def delete(self, agent: Agent) -> None:
+        """Removes the copy of an agent."""
+        await call(lambda: self._client.execute_command("DEL", self._keys.agent(agent.id)))
+        await call(lambda: self._client.execute_command("DEL", self._keys.agent(agent.name)))
+
+    async def _hash(self, reference: str) -> dict[bytes, bytes]:
+        key = self._keys.agent(reference)
+        found: dict[bytes, bytes] = await call(lambda: self._client.execute_command("HGETALL", key))
+        return found

@@ -1,0 +1,199 @@
+"""Connects to Redis by URL and checks that the server is one the promises hold on.
+
+One client class per way of running Redis: single (`redis://`, `rediss://`), Sentinel (`redis+sentinel://`,
+`rediss+sentinel://`) and Cluster (`redis+cluster://`, `rediss+cluster://`). Everything here has explicit timeouts and
+few retries: every write script checks an id, so repeating one is safe, and a visitor gets an answer within 2 s.
+"""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from functools import partial
+from typing import Any, TypeVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import structlog
+from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import RedisError
+
+from persistence.errors import RedisUnavailable, UnsuitableRedis
+from persistence.keys import FORMAT, Keys
+
+log = structlog.get_logger()
+
+Client = Redis | RedisCluster
+Result = TypeVar("Result")
+
+CONNECT_TIMEOUT_S = 0.5
+REPLY_TIMEOUT_S = 1.0
+RETRIES = 2
+CLUSTER_PARTITIONS = 256
+MINIMUM_REDIS = (7, 0)
+MINIMUM_VALKEY = (7, 2)
+
+
+def _options() -> dict[str, Any]:
+    return {
+        # With RESP3 the pool of redis-py 8.1 hands out connections that still hold an unread reply; with RESP2 it looks.
+        "protocol": 2,
+        "socket_timeout": REPLY_TIMEOUT_S,
+        "socket_connect_timeout": CONNECT_TIMEOUT_S,
+        "socket_keepalive": True,
+        "health_check_interval": 0,
+        "decode_responses": False,
+        "retry": Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), RETRIES),
+    }
+
+
+def is_cluster(url: str) -> bool:
+    """Whether the URL names a Redis Cluster."""
+    return "+cluster" in urlsplit(url).scheme
+
+
+def default_partitions(url: str) -> int:
+    """1 on a single Redis or Sentinel, 256 on Redis Cluster."""
+    return CLUSTER_PARTITIONS if is_cluster(url) else 1
+
+
+def connect(url: str) -> Client:
+    """A client for `url`; nothing is sent yet.
+
+    `redis+sentinel://[user:password@]host[:26379][,host:port...]/<service>[/<db>][?sentinel_username=&sentinel_password=]`
+    and `redis+cluster://[user:password@]host[:port][,host:port...]` are this project's spellings; the plain schemes are
+    redis-py's. Raises ValueError on anything else.
+    """
+    parts = urlsplit(url)
+    scheme, _, kind = parts.scheme.partition("+")
+    if scheme not in ("redis", "rediss"):
+        raise ValueError(
+            f"scheme {parts.scheme!r} is not one of redis, rediss, redis+sentinel, rediss+sentinel, "
+            "redis+cluster, rediss+cluster"
+        )
+    if not kind:
+        return Redis.from_url(url, max_connections=1024, **_options())
+    credentials, _, hosts = parts.netloc.rpartition("@")
+    username, _, password = credentials.partition(":")
+    options = _options()
+    if credentials:
+        options |= {"username": unquote(username) or None, "password": unquote(password) or None}
+    if scheme == "rediss":
+        options["ssl"] = True
+    if kind == "cluster":
+        nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
+        retry = options.pop("retry")
+        return RedisCluster(startup_nodes=nodes, max_connections=1024, retry=retry, **options)
+    if kind == "sentinel":
+        service, _, db = parts.path.strip("/").partition("/")
+        if not service:
+            raise ValueError("a Sentinel URL names the service in its path: redis+sentinel://host:26379/<service>")
+        query = parse_qs(parts.query)
+        sentinel_options = {name: options[name] for name in ("protocol", "socket_timeout", "socket_connect_timeout")}
+        for name in ("username", "password"):
+            if given := query.get(f"sentinel_{name}"):
+                sentinel_options[name] = given[0]
+        sentinel = Sentinel(_hosts(hosts, 26379), sentinel_kwargs=sentinel_options, **options, db=int(db or 0))  # type: ignore[no-untyped-call]
+        client: Redis = sentinel.master_for(service)
+        return client
+    raise ValueError(f"scheme {parts.scheme!r} is not known")
+
+
+def _hosts(netloc: str, default_port: int) -> list[tuple[str, int]]:
+    found = []
+    for part in netloc.split(","):
+        split = urlsplit(f"//{part}")
+        if not split.hostname:
+            raise ValueError(f"no host in {netloc!r}")
+        found.append((split.hostname, split.port or default_port))
+    return found
+
+
+async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) -> Any:
+    """One Redis operation, its retries included, bounded in time. Raises RedisUnavailable."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await operation()
+    except (TimeoutError, OSError, RedisError) as error:
+        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+async def gather_bounded(work: Iterable[Coroutine[Any, Any, Result]], at_once: int = 32) -> list[Result]:
+    """Runs coroutines side by side, a bounded number at a time; results in order."""
+    free = asyncio.Semaphore(at_once)
+
+    async def one(coroutine: Coroutine[Any, Any, Result]) -> Result:
+        async with free:
+            return await coroutine
+
+    return await asyncio.gather(*(one(coroutine) for coroutine in work))
+
+
+async def drop_connections(client: Client) -> None:
+    """Closes every pooled connection, in use or idle: what is unread on them is never read."""
+    if isinstance(client, RedisCluster):
+        await asyncio.gather(*(node.disconnect() for node in client.get_nodes()), return_exceptions=True)
+    else:
+        await client.connection_pool.disconnect(inuse_connections=True)
+
+
+async def check_server(client: Client, keys: Keys) -> None:
+    """Refuses a server on which the promises would not hold; warns where they are weaker.
+
+    Records format and partition number in `gw:meta` on first use. Raises UnsuitableRedis or RedisUnavailable.
+    """
+    if isinstance(client, RedisCluster):
+        await call(client.initialize, 5)
+        for node in client.get_primaries():
+            await _check_node(partial(client.execute_command, target_nodes=node))
+    else:
+        await _check_node(client.execute_command)
+    await _check_meta(client, keys)
+
+
+async def _check_node(execute: Callable[..., Awaitable[Any]]) -> None:
+    server = await call(lambda: execute("INFO", "server"), 5)
+    _check_version(server if isinstance(server, dict) else next(iter(server.values())))
+    memory = _settings(await call(lambda: execute("INFO", "memory"), 5))
+    policy = str(memory.get("maxmemory_policy", ""))
+    if policy.startswith("allkeys"):
+        raise UnsuitableRedis(
+            f"maxmemory-policy is {policy}: Redis could evict answers that are not in Postgres yet; "
+            "set it to volatile-lru (or volatile-lfu, volatile-ttl, noeviction)"
+        )
+    persistence = _settings(await call(lambda: execute("INFO", "persistence"), 5))
+    if not int(persistence.get("aof_enabled", 0)):
+        log.warning(
+            "redis.aof_off",
+            consequence="answers that are not in Postgres yet are lost when Redis stops",
+            remedy="CONFIG SET appendonly yes",
+        )
+
+
+def _settings(reply: Any) -> dict[str, Any]:
+    if isinstance(reply, dict) and reply and all(isinstance(value, dict) for value in reply.values()):
+        reply = next(iter(reply.values()))
+    return dict(reply)
+
+
+def _check_version(info: dict[str, Any]) -> None:
+    valkey = info.get("valkey_version")
+    name, text, minimum = (
+        ("Valkey", valkey, MINIMUM_VALKEY) if valkey else ("Redis", info.get("redis_version", "0"), MINIMUM_REDIS)
+    )
+    found = tuple(int(number) for number in re.findall(r"\d+", str(text))[:2])
+    if found < minimum:
+        raise UnsuitableRedis(f"{name} {text} is too old: Redis 7.0 or Valkey 7.2 is the oldest that works")
+
+
+async def _check_meta(client: Client, keys: Keys) -> None:
+    for field, ours in (("partitions", keys.partitions), ("format", FORMAT)):
+        await call(partial(client.execute_command, "HSETNX", keys.meta, field, ours))
+        stored = await call(partial(client.execute_command, "HGET", keys.meta, field))
+        if stored != str(ours).encode():
+            raise UnsuitableRedis(
+                f"{keys.meta} says {field} = {stored.decode(errors='replace')}, this process is set to {ours}"
+                + ("; set GATEWAY_PARTITIONS to what is stored" if field == "partitions" else "")
+            )

@@ -1,0 +1,155 @@
+"""Reads across Redis and Postgres without a seam: transcripts, lists of sessions, totals.
+
+Redis is read first. A turn leaves Redis only after Postgres has it, so what the first reading missed the second one has.
+"""
+
+from functools import partial
+from itertools import chain
+
+import msgspec
+
+from persistence.connection import Client, call, gather_bounded
+from persistence.errors import PostgresUnavailable
+from persistence.hydrator import Hydrator
+from persistence.keys import Keys
+from persistence.outbox import Outbox
+from persistence.postgres import Postgres, SessionFilter
+from persistence.records import Session, StoredMessage, moment, transcript
+from persistence.sessions import Access, Hot, Refused, SessionStore
+
+ALL_TURNS = 1_000_000_000
+COUNTED_ONE_BY_ONE = 10_000
+OPERATOR = Access(authorized=True)
+
+
+class MessagePage(msgspec.Struct):
+    """Messages oldest first; `next_before` is the cursor of the page before them, None at the beginning."""
+
+    messages: list[StoredMessage]
+    next_before: int | None
+
+
+class ListedSession(msgspec.Struct):
+    """A session in a list, and whether it is in Redis."""
+
+    session: Session
+    live: bool
+
+    @property
+    def position(self) -> tuple[str, str]:
+        return self.session.last_activity_at, self.session.session_id
+
+
+class Statistics(msgspec.Struct):
+    """Totals. `exact` is False when too many records wait for Postgres to be looked at one by one."""
+
+    total_sessions: int
+    active_sessions: int
+    messages: int
+    exact: bool
+
+
+class History:
+    """Reading for visitors (`load_session`, `load_messages`) and operators (`list_sessions`, `load_statistics`)."""
+
+    def __init__(
+        self, client: Client, keys: Keys, store: SessionStore, postgres: Postgres, hydrator: Hydrator, outbox: Outbox
+    ) -> None:
+        self._client = client
+        self._keys = keys
+        self._store = store
+        self._postgres = postgres
+        self._hydrator = hydrator
+        self._outbox = outbox
+
+    async def find_session(self, session_id: str, access: Access, turns: int = 0) -> Hot | Refused | None:
+        """A session with its newest hot turns; from Postgres it comes back into Redis first."""
+        return await self._hydrator.with_session(session_id, lambda: self._store.read(session_id, access, turns))
+
+    async def find_messages(
+        self, session_id: str, access: Access, before: int | None, limit: int
+    ) -> MessagePage | Refused | None:
+        """The page of up to `limit` messages with numbers below `before` (None: the newest)."""
+        hot = await self.find_session(session_id, access, ALL_TURNS)
+        if not isinstance(hot, Hot):
+            return hot
+        messages = list(chain.from_iterable(transcript(turn, number) for number, turn in enumerate(hot.turns, hot.first)))
+        first_hot_seq = messages[0].seq if messages else hot.session.message_count + 1
+        if before is None:
+            before = hot.session.message_count + 1
+        page = [message for message in messages if message.seq < before][-limit:]
+        missing = limit - len(page)
+        if missing and hot.first > 1:
+            try:
+                older = await self._postgres.load_messages(hot.session.id, min(before, first_hot_seq), missing)
+            except PostgresUnavailable:
+                # What Redis has is shown; the page before it is asked for when Postgres is back.
+                if not page:
+                    raise
+                older = []
+            page = older + page
+        oldest = page[0].seq if page else 1
+        return MessagePage(page, oldest if oldest > 1 else None)
+
+    async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[ListedSession]:
+        """Live and stored sessions by last activity, newest first, from behind the position `after`."""
+        live = await self._live_sessions(which, after, limit)
+        stored: list[ListedSession] = []
+        position = after
+        while len(stored) < limit:
+            rows = await self._postgres.list_sessions(which, position, limit)
+            hot = await gather_bounded(self._find_live(row.session_id) for row in rows)
+            stored += [ListedSession(row, False) for row, is_live in zip(rows, hot, strict=True) if is_live is None]
+            if len(rows) < limit:
+                break
+            position = (rows[-1].last_activity_at, rows[-1].session_id)
+        merged = sorted(live + stored, key=lambda listed: listed.position, reverse=True)
+        return merged[:limit]
+
+    async def _live_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[ListedSession]:
+        highest = "+inf"
+        if after is not None:
+            # The zset's scores are rounded as the text is, so the position's own millisecond is looked at again.
+            highest = str(int(moment(after[0]).timestamp() * 1000))
+        lists = await gather_bounded(
+            self._live_of_partition(partition, which, after, highest, limit) for partition in range(self._keys.partitions)
+        )
+        return list(chain.from_iterable(lists))
+
+    async def _live_of_partition(
+        self, partition: int, which: SessionFilter, after: tuple[str, str] | None, highest: str, limit: int
+    ) -> list[ListedSession]:
+        found: list[ListedSession] = []
+        offset = 0
+        while len(found) < limit:
+            command = ("ZREVRANGEBYSCORE", self._keys.live(partition), highest, "-inf", "LIMIT", offset, limit)
+            members: list[bytes] = await call(partial(self._client.execute_command, *command))
+            sessions = await gather_bounded(self._find_live(member.decode()) for member in members)
+            listed = [ListedSession(session, True) for session in sessions if session and which.matches(session)]
+            found += [one for one in listed if after is None or one.position < after]
+            if len(members) < limit:
+                break
+            offset += limit
+        return found
+
+    async def _find_live(self, session_id: str) -> Session | None:
+        """A session that is in Redis, as an operator sees it."""
+        hot = await self._store.read(session_id, OPERATOR)
+        return hot.session if isinstance(hot, Hot) else None
+
+    async def load_statistics(self, agent_id: str | None) -> Statistics:
+        """Totals over an agent's sessions (None: all), those included whose records wait for Postgres.
+
+        Sessions with waiting records are counted from Redis, all others from Postgres.
+        """
+        waiting = await self._outbox.session_ids(COUNTED_ONE_BY_ONE)
+        left_out = sorted(waiting or ())
+        live = await gather_bounded(self._find_live(session_id) for session_id in left_out)
+        totals = await self._postgres.totals(agent_id, left_out)
+        of_agent = [session for session in live if session and agent_id in (None, session.agent_id)]
+        return Statistics(
+            totals.sessions + len(of_agent),
+            totals.active + sum(session.status == "active" for session in of_agent),
+            totals.messages + sum(session.message_count for session in of_agent),
+            waiting is not None,
+        )

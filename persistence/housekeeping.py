@@ -1,0 +1,120 @@
+"""What has to be done from time to time: idle sessions time out, turns of dead pods are let go, lists are trimmed.
+
+Called by the worker. Everything here may run in several workers at once and be repeated.
+"""
+
+from datetime import timedelta
+from itertools import chain
+from time import monotonic, time
+from typing import Any
+
+import structlog
+
+from persistence.connection import Client, call, gather_bounded
+from persistence.errors import Damaged
+from persistence.hydrator import Hydrator
+from persistence.keys import Keys
+from persistence.postgres import Postgres
+from persistence.scripts import Scripts
+from persistence.sessions import SessionStore
+
+log = structlog.get_logger()
+
+TIMEOUTS_BATCH = 100
+TIMEOUTS_EVERY_S = 15.0
+TRIM_BATCH = 500
+TRIM_PARTITIONS = 4
+
+
+class Housekeeping:
+    """The jobs beside the flush. A session without activity for `session_timeout_s` is marked as timed out."""
+
+    def __init__(
+        self,
+        client: Client,
+        scripts: Scripts,
+        keys: Keys,
+        store: SessionStore,
+        postgres: Postgres,
+        hydrator: Hydrator,
+        *,
+        session_timeout_s: float,
+    ) -> None:
+        self._client = client
+        self._scripts = scripts
+        self._keys = keys
+        self._store = store
+        self._postgres = postgres
+        self._hydrator = hydrator
+        self._session_timeout_s = session_timeout_s
+        self._cursors = [0] * keys.partitions
+        self._trimming = 0
+        self._timeouts_at = 0.0
+
+    async def run_once(self) -> int:
+        """One round; how much was done, so that the caller goes on at once while there is more."""
+        done = await self.reap() + await self.trim()
+        if monotonic() >= self._timeouts_at:
+            timed_out = await self.time_out()
+            if timed_out < TIMEOUTS_BATCH:
+                self._timeouts_at = monotonic() + min(TIMEOUTS_EVERY_S, self._session_timeout_s / 4)
+            done += timed_out
+        return 1 if done >= TIMEOUTS_BATCH else 0
+
+    async def reap(self) -> int:
+        """Lets go of turns whose lease ran out; how many."""
+        late = await gather_bounded(self._late(partition) for partition in range(self._keys.partitions))
+        reaped = 0
+        for session_id in chain.from_iterable(late):
+            turn_id = await self._store.reap(session_id)
+            if turn_id:
+                reaped += 1
+                log.warning("turn.reaped", session_id=session_id, turn_id=turn_id)
+        return reaped
+
+    async def _late(self, partition: int) -> list[str]:
+        # By this machine's clock only what to look at is chosen; the script decides by Redis' own.
+        now_ms = int(time() * 1000)
+        key = self._keys.running(partition)
+        return [member.decode() for member in await self._execute("ZRANGEBYSCORE", key, "-inf", now_ms + 1000)]
+
+    async def trim(self) -> int:
+        """Looks at a part of some lists of live sessions and takes off what has left Redis; how many."""
+        trimmed = 0
+        for _ in range(min(TRIM_PARTITIONS, self._keys.partitions)):
+            partition = self._trimming
+            self._trimming = (partition + 1) % self._keys.partitions
+            key = self._keys.live(partition)
+            self._cursors[partition], found = await self._execute(
+                "ZSCAN", key, self._cursors[partition], "COUNT", TRIM_BATCH
+            )
+            session_ids = [member.decode() for member, _ in found]
+            if session_ids:
+                session_keys = [self._keys.session(session_id) for session_id in session_ids]
+                arguments = {"session_ids": " ".join(session_ids)}
+                trimmed += int((await self._scripts.run("trim", "", [key, *session_keys], arguments))[1])
+        return trimmed
+
+    async def time_out(self) -> int:
+        """Marks idle sessions as timed out, one worker at a time; how many were looked at."""
+        looked_at = 0
+        async with self._postgres.transaction(60) as lock:
+            if not (await lock.fetch("try_lock_timeouts"))[0][0]:
+                return 0
+            idle = timedelta(seconds=self._session_timeout_s)
+            for row in await lock.fetch("idle_sessions", idle, TIMEOUTS_BATCH):
+                looked_at += 1
+                await self._time_out(row["session_id"])
+        return looked_at
+
+    async def _time_out(self, session_id: str) -> None:
+        # Through Redis, where the truth about the session is: it may be running a turn that Postgres has not heard of.
+        idle_ms = int(self._session_timeout_s * 1000)
+        try:
+            if await self._hydrator.with_session(session_id, lambda: self._store.time_out(session_id, idle_ms)):
+                log.info("session.timed_out", session_id=session_id)
+        except Damaged as error:
+            log.error("session.damaged", error=str(error))
+
+    async def _execute(self, *command: Any) -> Any:
+        return await call(lambda: self._client.execute_command(*command))

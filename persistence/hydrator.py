@@ -1,0 +1,50 @@
+"""Brings a session from Postgres back into Redis: the one case in which the chat path reads Postgres."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from persistence.agents import AgentCopies, AgentDefinition
+from persistence.errors import RedisUnavailable
+from persistence.postgres import Postgres
+from persistence.sessions import Absent, SessionStore
+
+Outcome = TypeVar("Outcome")
+
+ATTEMPTS = 5
+
+_DEFAULT = AgentDefinition(graph="echo")
+
+
+class Hydrator:
+    """Reads from Postgres, installs in Redis under the ticket that was given before the reading."""
+
+    def __init__(self, store: SessionStore, postgres: Postgres, agents: AgentCopies) -> None:
+        self._store = store
+        self._postgres = postgres
+        self._agents = agents
+
+    async def hydrate(self, session_id: str, ticket: int) -> bool:
+        """Whether Postgres has the session. It is in Redis then, unless the ticket has gone stale: the caller asks again.
+
+        Raises PostgresUnavailable.
+        """
+        header = await self._postgres.find_session(session_id)
+        if header is None:
+            return False
+        agent = await self._agents.find(header.agent_id)
+        definition = agent.definition if agent else _DEFAULT
+        snapshot = await self._postgres.find_snapshot(session_id, definition.policy.hot_turns)
+        if snapshot is None:
+            return False
+        await self._store.hydrate(snapshot, ticket, definition.hot_ttl_s)
+        return True
+
+    async def with_session(self, session_id: str, operation: Callable[[], Awaitable[Outcome | Absent]]) -> Outcome | None:
+        """Runs an operation of the Redis layer on a session that may have left Redis; None when there is none at all."""
+        for _ in range(ATTEMPTS):
+            outcome = await operation()
+            if not isinstance(outcome, Absent):
+                return outcome
+            if not await self.hydrate(session_id, outcome.ticket):
+                return None
+        raise RedisUnavailable(f"session {session_id} left Redis {ATTEMPTS} times while it was wanted")

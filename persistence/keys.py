@@ -1,0 +1,69 @@
+"""Every Redis key: its name, type, lifetime and writer. The keys are a supported interface: operators read them.
+
+key                                type    life                      written by
+gw:{p}:session:<session_id>        hash    TTL only when all of it   lua/open, begin, commit, abort, renew, hydrate, end,
+                                           is in Postgres and no     time_out, erase, mark_flushed, dead_letter, reap
+                                           turn runs on it
+gw:{p}:outbox                      stream  permanent                 lua/open, commit, end, time_out, erase
+gw:{p}:dead                        stream  permanent                 lua/dead_letter
+gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given)
+gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim
+gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn
+gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
+                                                                     guards lua/hydrate and lua/open
+gw:agent:<agent_id>                hash    permanent                 agents.py
+gw:agent:<name>                    hash    permanent                 agents.py (points at the agent's id)
+gw:meta                            hash    permanent                 connection.py
+
+`p` is `crc16(session_id) % partitions`; everything about one session shares its hash slot.
+"""
+
+from binascii import crc_hqx
+
+FORMAT = 1
+"""Version of the key and value formats, recorded in `gw:meta`, each session hash and each outbox record."""
+
+GROUP = "flush"
+"""The consumer group of every outbox."""
+
+
+class Keys:
+    """Names of keys under one prefix and partition number."""
+
+    def __init__(self, prefix: str, partitions: int) -> None:
+        self.prefix = prefix
+        self.partitions = partitions
+        self.meta = f"{prefix}:meta"
+        self._heads = [f"{prefix}:{{{partition}}}:" for partition in range(partitions)]
+
+    def partition(self, session_id: str) -> int:
+        """The partition of a session: CRC16/XMODEM of its id, as Redis Cluster hashes keys, modulo `partitions`."""
+        return crc_hqx(session_id.encode(), 0) % self.partitions
+
+    def head(self, session_id: str) -> str:
+        """The common beginning of every key about this session."""
+        return self._heads[self.partition(session_id)]
+
+    def session(self, session_id: str) -> str:
+        return f"{self.head(session_id)}session:{session_id}"
+
+    def outbox(self, partition: int) -> str:
+        return f"{self._heads[partition]}outbox"
+
+    def dead(self, partition: int) -> str:
+        return f"{self._heads[partition]}dead"
+
+    def live(self, partition: int) -> str:
+        return f"{self._heads[partition]}live"
+
+    def running(self, partition: int) -> str:
+        return f"{self._heads[partition]}running"
+
+    def agent(self, reference: str) -> str:
+        """The hash of an agent's definition (by id) or of the pointer to it (by name)."""
+        return f"{self.prefix}:agent:{reference}"
+
+    def permanent(self) -> set[str]:
+        """The keys that live without a TTL, agents' apart."""
+        names = ("outbox", "dead", "fence", "live", "running")
+        return {self.meta} | {head + name for head in self._heads for name in names}

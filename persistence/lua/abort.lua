@@ -1,0 +1,25 @@
+#!lua flags=allow-oom
+-- Gives up a turn, running or still waiting: the session is as it was before. Harmless when the turn is not there.
+--
+-- KEYS 1 session hash, 2 running zset
+-- ARGV session_id, nonce, turn_id
+-- replies (each followed by session_id and nonce): aborted | lost
+local session_key, running_key = KEYS[1], KEYS[2]
+local args = named(ARGV)
+local function reply(word) return {word, args.session_id, args.nonce} end
+
+local session = load(session_key)
+if not session or damage(session) then return reply('lost') end
+local waiting, found = {}, false
+for waiter in string.gmatch(session.waiting, '%S+') do
+  if string.sub(waiter, 1, #args.turn_id + 1) == args.turn_id .. '@' then
+    found = true
+  else
+    waiting[#waiting + 1] = waiter
+  end
+end
+if found then store(session_key, session, {waiting = table.concat(waiting, ' ')}) end
+if session.turn ~= args.turn_id then return reply(found and 'aborted' or 'lost') end
+release(session_key, running_key, session)
+settle(session_key, session, now_ms())
+return reply('aborted')

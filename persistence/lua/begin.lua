@@ -1,0 +1,99 @@
+#!lua
+-- Begins a turn: checks everything that can refuse it, takes the session's lease under a new fence, and hands back the
+-- session with its newest turns. Repeating it with the same turn_id begins nothing twice.
+--
+-- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 running zset, 5 ticket string
+-- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0), message_id ('' none),
+--      lease_ms, hot_turns (how many of the newest turns to return), hot_ttl_s,
+--      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
+--      rate_messages (0: no limit) per rate_ms, max_backlog (outbox entries), ticket_ms
+-- replies (each followed by session_id and nonce)
+--   begun      fence, now_ms, first turn number returned, header, turns
+--   absent     ticket: hydrate or open under it, then begin again
+--   replay     turn number, header, the turn's JSON: message_id was answered before
+--   busy       lease_left_ms, 1 when it is this message_id that runs
+--   queued     position from 1: ask again
+--   queue_full | ended | erased | foreign | unauthorized | backlog_full
+--   limited    retry_after_ms
+--   damaged    field
+local session_key, outbox_key, fence_key, running_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local args = named(ARGV)
+local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
+
+local session = load(session_key)
+if not session then return absent(fence_key, ticket_key, args) end
+local broken = damage(session)
+if broken then return reply('damaged', broken) end
+local refused = refusal(session, args)
+if refused then return reply(refused) end
+
+local now = now_ms()
+local turns, first_hot = tonumber(session.turns), tonumber(session.first_hot)
+local first = math.max(first_hot, turns - args.hot_turns + 1)
+
+if args.message_id ~= '' and turns > 0 then
+  local needle = '"message_id":"' .. args.message_id .. '"'
+  for i, turn in ipairs(hot_turns(session_key, first_hot, turns)) do
+    -- The search is only a filter: visitors' metadata may contain the same text.
+    if turn and string.find(turn, needle, 1, true) and cjson.decode(turn).message_id == args.message_id then
+      return reply('replay', first_hot + i - 1, header(session), turn)
+    end
+  end
+end
+
+if session.status == 'ended' then return reply('ended') end
+
+local function begun(fence)
+  return reply('begun', fence, now, first, header(session), hot_turns(session_key, first, turns))
+end
+
+if session.turn == args.turn_id then return begun(session.turn_fence) end
+
+-- Waiters are `turn_id@dropped_at_ms`, in order of arrival.
+local waiting, position = {}, nil
+for turn_id, until_ms in string.gmatch(session.waiting, '([^@ ]+)@(%d+)') do
+  if turn_id == args.turn_id then
+    waiting[#waiting + 1] = turn_id .. '@' .. string.format('%d', now + args.waiter_ms)
+    position = #waiting
+  elseif tonumber(until_ms) > now then
+    waiting[#waiting + 1] = turn_id .. '@' .. until_ms
+  end
+end
+
+local lease_until = session.turn ~= '' and from_iso(session.turn_lease_until) or 0
+local busy = lease_until > now
+if busy and args.message_id ~= '' and session.turn_message_id == args.message_id then
+  return reply('busy', lease_until - now, 1)
+end
+if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) then
+  if args.if_busy == 'reject' then return reply('busy', math.max(lease_until - now, 0), 0) end
+  if not position then
+    if #waiting >= tonumber(args.max_waiting) then return reply('queue_full') end
+    waiting[#waiting + 1] = args.turn_id .. '@' .. string.format('%d', now + args.waiter_ms)
+    position = #waiting
+  end
+  store(session_key, session, {waiting = table.concat(waiting, ' ')})
+  return reply('queued', position)
+end
+
+if redis.call('XLEN', outbox_key) >= tonumber(args.max_backlog) then return reply('backlog_full') end
+
+-- Generic cell rate algorithm (ITU-T I.371): one timestamp a session, a burst of the whole limit.
+local rate_tat_ms = session.rate_tat_ms
+if tonumber(args.rate_messages) > 0 then
+  local tat = math.max(tonumber(rate_tat_ms) or 0, now) + args.rate_ms / args.rate_messages
+  local wait = tat - args.rate_ms - now
+  if wait > 0 then return reply('limited', math.ceil(wait)) end
+  rate_tat_ms = string.format('%d', math.ceil(tat))
+end
+
+if position then table.remove(waiting, position) end
+local fence = redis.call('INCR', fence_key)
+store(session_key, session, {
+  turn = args.turn_id, turn_fence = fence, turn_lease_until = iso(now + args.lease_ms),
+  turn_message_id = args.message_id, waiting = table.concat(waiting, ' '), rate_tat_ms = rate_tat_ms,
+  hot_ttl_s = args.hot_ttl_s,
+})
+redis.call('PERSIST', session_key)
+redis.call('ZADD', running_key, now + args.lease_ms, args.session_id)
+return begun(fence)

@@ -1,0 +1,28 @@
+#!lua flags=allow-oom
+-- Moves a record that Postgres refuses to the dead stream, with the reason. The session keeps it among its unflushed
+-- facts, so it never gets a TTL and stays in Redis. Moving the same record again changes nothing.
+--
+-- KEYS 1 outbox stream, 2 dead stream, 3 session hash
+-- ARGV session_id, nonce, group, entry, fact, reason
+-- replies (each followed by session_id and nonce)
+--   moved  id on the dead stream
+--   gone
+local outbox_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3]
+local args = named(ARGV)
+local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
+
+local found = redis.call('XRANGE', outbox_key, args.entry, args.entry)
+if #found == 0 then return reply('gone') end
+local record = found[1][2]
+for _, value in ipairs({'reason', args.reason, 'entry', args.entry, 'died_at', iso(now_ms())}) do
+  record[#record + 1] = value
+end
+local dead_entry = redis.call('XADD', dead_key, '*', unpack(record))
+redis.call('XACK', outbox_key, args.group, args.entry)
+redis.call('XDEL', outbox_key, args.entry)
+if redis.call('EXISTS', session_key) == 1 then
+  local dead = redis.call('HGET', session_key, 'dead') or ''
+  if dead ~= '' then dead = dead .. ' ' end
+  redis.call('HSET', session_key, 'dead', dead .. args.fact .. '@' .. dead_entry)
+end
+return reply('moved', dead_entry)

@@ -1,0 +1,26 @@
+#!lua flags=allow-oom
+-- Ends a session for good. A turn that runs on it loses its lease and will not be committed. Repeating it is harmless.
+--
+-- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 running zset, 5 ticket string
+-- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), ticket_ms
+-- replies (each followed by session_id and nonce)
+--   ended   header
+--   absent  ticket
+--   erased | foreign | unauthorized
+--   damaged field
+local session_key, outbox_key, fence_key, running_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local args = named(ARGV)
+local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
+
+local session = load(session_key)
+if not session then return absent(fence_key, ticket_key, args) end
+local broken = damage(session)
+if broken then return reply('damaged', broken) end
+local refused = refusal(session, args)
+if refused then return reply(refused) end
+if session.status ~= 'ended' then
+  store(session_key, session, {status = 'ended', ended_at = iso(now_ms()), waiting = ''})
+  release(session_key, running_key, session)
+  emit(session_key, outbox_key, session, 'ended:' .. session.revision + 1, '')
+end
+return reply('ended', header(session))

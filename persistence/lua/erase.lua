@@ -1,0 +1,45 @@
+#!lua flags=allow-oom
+-- Erases a session: its hash, its records still in the outbox, its dead letters. What stays until Postgres has erased it
+-- too is a hash without content and with the status `erased`, so that nobody finds the old rows in the meantime.
+--
+-- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 live zset, 5 running zset, 6 dead stream, 7 ticket string
+-- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), group, ticket_ms
+-- replies (each followed by session_id and nonce)
+--   erased  id (uuid), also when it was erased before
+--   absent  ticket
+--   foreign | unauthorized
+local session_key, outbox_key, fence_key, live_key, running_key, dead_key, ticket_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local args = named(ARGV)
+local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
+
+local session = load(session_key)
+if not session then return absent(fence_key, ticket_key, args) end
+local refused = refusal(session, args)
+if refused == 'erased' then return reply('erased', session.id) end
+if refused then return reply(refused) end
+-- A damaged session can be erased as long as its id can be read.
+if not session.id or session.id == '' then return reply('damaged', 'id') end
+
+for entry in string.gmatch(session.unflushed or '', '@(%S+)') do
+  redis.call('XACK', outbox_key, args.group, entry)
+  redis.call('XDEL', outbox_key, entry)
+end
+for entry in string.gmatch(redis.call('HGET', session_key, 'dead') or '', '@(%S+)') do
+  redis.call('XDEL', dead_key, entry)
+end
+local revision = tonumber(session.revision) or 0
+redis.call('DEL', session_key, ticket_key)
+redis.call('ZREM', live_key, args.session_id)
+redis.call('ZREM', running_key, args.session_id)
+local now, tombstone = iso(now_ms()), {}
+store(session_key, tombstone, {
+  format = '1', id = session.id, session_id = args.session_id, agent_id = session.agent_id or '', channel = '',
+  status = 'erased', user_id = '', website_domain = session.website_domain or '', ip_address = '', user_agent = '',
+  started_at = now, last_activity_at = now, ended_at = now, message_count = 0, context = '{}', metadata = '{}',
+  minted = session.minted or '0', turns = 0, revision = revision, first_hot = 1, flushed = 0, unflushed = '',
+  hot_ttl_s = 1, turn = '', turn_fence = '', turn_lease_until = '', turn_message_id = '', waiting = '',
+  rate_tat_ms = '',
+})
+emit(session_key, outbox_key, tombstone, 'erased:' .. revision + 1, '')
+return reply('erased', session.id)

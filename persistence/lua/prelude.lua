@@ -1,0 +1,169 @@
+-- What every script shares; put behind its `#!lua` line when it is loaded.
+
+-- The fields of a session hash that describe the session and travel with every outbox record, in this order.
+-- records.py reads them by name.
+local HEADER = {
+  'format', 'id', 'session_id', 'agent_id', 'channel', 'status', 'user_id', 'website_domain', 'ip_address',
+  'user_agent', 'started_at', 'last_activity_at', 'ended_at', 'message_count', 'context', 'metadata', 'minted',
+  'turns', 'revision',
+}
+-- The fields that only the hash has: where its turns are and what holds it.
+local STATE = {
+  'first_hot', 'flushed', 'unflushed', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id',
+  'waiting', 'rate_tat_ms',
+}
+
+-- ARGV as name, value, name, value ... becomes a table.
+local function named(argv)
+  local args = {}
+  for i = 1, #argv, 2 do args[argv[i]] = argv[i + 1] end
+  return args
+end
+
+-- Milliseconds since 1970 by the only clock there is.
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- Civil date arithmetic after Howard Hinnant, "chrono-Compatible Low-Level Date Algorithms".
+local function iso(ms)
+  local seconds = math.floor(ms / 1000)
+  local days = math.floor(seconds / 86400)
+  local z = days + 719468
+  local era = math.floor(z / 146097)
+  local doe = z - era * 146097
+  local yoe = math.floor((doe - math.floor(doe / 1460) + math.floor(doe / 36524) - math.floor(doe / 146096)) / 365)
+  local doy = doe - (365 * yoe + math.floor(yoe / 4) - math.floor(yoe / 100))
+  local mp = math.floor((5 * doy + 2) / 153)
+  local day = doy - math.floor((153 * mp + 2) / 5) + 1
+  local month = mp < 10 and mp + 3 or mp - 9
+  local year = yoe + era * 400 + (month <= 2 and 1 or 0)
+  local rest = seconds - days * 86400
+  return string.format('%04d-%02d-%02dT%02d:%02d:%02d.%03dZ', year, month, day,
+    math.floor(rest / 3600), math.floor(rest % 3600 / 60), rest % 60, ms % 1000)
+end
+
+local function from_iso(text)
+  local year, month, day, hour, minute, second, ms =
+    string.match(text or '', '^(%d+)-(%d+)-(%d+)T(%d+):(%d+):(%d+)%.(%d+)Z$')
+  if not year then return nil end
+  year, month = tonumber(year), tonumber(month)
+  if month <= 2 then year = year - 1 end
+  local era = math.floor(year / 400)
+  local yoe = year - era * 400
+  local doy = math.floor((153 * (month > 2 and month - 3 or month + 9) + 2) / 5) + day - 1
+  local doe = yoe * 365 + math.floor(yoe / 4) - math.floor(yoe / 100) + doy
+  local days = era * 146097 + doe - 719468
+  return ((days * 24 + hour) * 60 + minute) * 60000 + second * 1000 + tonumber(ms)
+end
+
+-- The session's fields by name, or nil when there is no such session.
+local function load(key)
+  local names = {}
+  for _, name in ipairs(HEADER) do names[#names + 1] = name end
+  for _, name in ipairs(STATE) do names[#names + 1] = name end
+  local values = redis.call('HMGET', key, unpack(names))
+  local session, found = {}, false
+  for i, name in ipairs(names) do
+    session[name] = values[i]
+    if values[i] then found = true end
+  end
+  if not found and redis.call('EXISTS', key) == 0 then return nil end
+  return session
+end
+
+-- The name of a field that is missing or unreadable, or nil. Damage is never taken for absence.
+local function damage(session)
+  if session.format ~= '1' then return 'format' end
+  for _, name in ipairs({'message_count', 'turns', 'revision', 'first_hot', 'flushed', 'hot_ttl_s'}) do
+    if not tonumber(session[name]) then return name end
+  end
+  for _, name in ipairs(HEADER) do
+    if not session[name] then return name end
+  end
+  for _, name in ipairs(STATE) do
+    if not session[name] then return name end
+  end
+  if not from_iso(session.last_activity_at) then return 'last_activity_at' end
+  return nil
+end
+
+-- Why the caller may not have this session: a word, or nil when it may. An empty argument is not compared.
+local function refusal(session, args)
+  if session.status == 'erased' then return 'erased' end
+  if args.agent_id ~= '' and session.agent_id ~= args.agent_id then return 'foreign' end
+  if args.website_domain ~= '' and session.website_domain ~= args.website_domain then return 'foreign' end
+  if session.minted == '1' and args.authorized ~= '1' then return 'unauthorized' end
+  return nil
+end
+
+-- The reply for a session that is not in Redis: a ticket to install what Postgres has of it.
+-- Only the newest ticket is good, and nothing that was read before it was given can be installed under it.
+local function absent(fence_key, ticket_key, args)
+  local ticket = redis.call('INCR', fence_key)
+  redis.call('SET', ticket_key, ticket, 'PX', args.ticket_ms)
+  return {'absent', args.session_id, args.nonce, ticket}
+end
+
+-- HSET of a table, and of the table's values in the loaded session too.
+local function store(key, session, fields)
+  local flat = {}
+  for name, value in pairs(fields) do
+    flat[#flat + 1] = name
+    flat[#flat + 1] = value
+    session[name] = tostring(value)
+  end
+  redis.call('HSET', key, unpack(flat))
+end
+
+-- Puts a fact about the session on its way to Postgres. The hash, already stored, and the record change in one script:
+-- both or neither. `turn` is the turn's JSON or ''.
+local function emit(key, outbox_key, session, fact, turn)
+  local revision = session.revision + 1
+  session.revision = tostring(revision)
+  local record = {'fact', fact, 'turn', turn}
+  for _, name in ipairs(HEADER) do
+    record[#record + 1] = name
+    record[#record + 1] = session[name]
+  end
+  local entry = redis.call('XADD', outbox_key, '*', unpack(record))
+  local unflushed = fact .. '@' .. entry
+  if session.unflushed ~= '' then unflushed = session.unflushed .. ' ' .. unflushed end
+  store(key, session, {revision = revision, unflushed = unflushed})
+  redis.call('PERSIST', key)
+end
+
+-- The one rule of the hot store: a TTL if, and only if, all of the session is in Postgres and no turn runs on it.
+local function settle(key, session, now)
+  if session.unflushed ~= '' or session.turn ~= '' then
+    redis.call('PERSIST', key)
+    return
+  end
+  local left = session.hot_ttl_s * 1000 - (now - from_iso(session.last_activity_at))
+  redis.call('PEXPIRE', key, string.format('%d', math.max(left, 1000)))
+end
+
+-- Lets go of the turn that holds the session.
+local function release(key, running_key, session)
+  store(key, session, {turn = '', turn_fence = '', turn_lease_until = '', turn_message_id = ''})
+  redis.call('ZREM', running_key, session.session_id)
+end
+
+-- The session's HEADER as a list, for a reply.
+local function header(session)
+  local values = {}
+  for _, name in ipairs(HEADER) do values[#values + 1] = session[name] end
+  return values
+end
+
+-- The turns numbered from first to last, for a reply; a missing one is false.
+local function hot_turns(key, first, last)
+  local turns = {}
+  for chunk = first, last, 500 do
+    local names = {}
+    for n = chunk, math.min(chunk + 499, last) do names[#names + 1] = 't:' .. n end
+    for _, turn in ipairs(redis.call('HMGET', key, unpack(names))) do turns[#turns + 1] = turn end
+  end
+  return turns
+end

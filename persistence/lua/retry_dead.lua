@@ -1,0 +1,43 @@
+#!lua
+-- Puts a dead letter back on the outbox, after its cause has been removed.
+--
+-- KEYS 1 outbox stream, 2 dead stream, 3 session hash
+-- ARGV session_id, nonce, dead_entry
+-- replies (each followed by session_id and nonce)
+--   queued  id on the outbox
+--   gone
+local outbox_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3]
+local args = named(ARGV)
+local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
+
+-- Replaces each token whose text is `old` in a list of tokens; an empty `new` removes it.
+local function replace(list, old, new)
+  local tokens = {}
+  for token in string.gmatch(list or '', '%S+') do
+    if token == old then token = new end
+    if token ~= '' then tokens[#tokens + 1] = token end
+  end
+  return table.concat(tokens, ' ')
+end
+
+local found = redis.call('XRANGE', dead_key, args.dead_entry, args.dead_entry)
+if #found == 0 then return reply('gone') end
+local record, fact, was = {}, nil, nil
+for i = 1, #found[1][2], 2 do
+  local name, value = found[1][2][i], found[1][2][i + 1]
+  if name == 'entry' then
+    was = value
+  elseif name ~= 'reason' and name ~= 'died_at' then
+    if name == 'fact' then fact = value end
+    record[#record + 1] = name
+    record[#record + 1] = value
+  end
+end
+local entry = redis.call('XADD', outbox_key, '*', unpack(record))
+redis.call('XDEL', dead_key, args.dead_entry)
+local lists = redis.call('HMGET', session_key, 'unflushed', 'dead')
+if lists[1] then
+  redis.call('HSET', session_key, 'unflushed', replace(lists[1], fact .. '@' .. was, fact .. '@' .. entry),
+    'dead', replace(lists[2], fact .. '@' .. args.dead_entry, ''))
+end
+return reply('queued', entry)

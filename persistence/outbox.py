@@ -1,0 +1,160 @@
+"""The outbox: records that are not in Postgres yet. Entries leave it only when flushed or dead-lettered.
+
+Called by the worker, and by the gateway to tell how far behind Postgres is.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import msgspec
+from redis.exceptions import ResponseError
+
+from persistence.connection import Client, call, gather_bounded
+from persistence.keys import GROUP, Keys
+from persistence.records import Record
+from persistence.scripts import Scripts
+
+CLAIM_IDLE_MS = 10_000
+
+
+class Taken(msgspec.Struct):
+    """Entries as (id, [field, value, ...]), and ids that another consumer was given but that no longer exist."""
+
+    entries: list[tuple[bytes, list[bytes]]]
+    deleted: list[bytes]
+
+
+class Backlog(msgspec.Struct):
+    """Records that wait for Postgres: how many, and for how long the oldest has."""
+
+    records: int
+    lag_ms: int
+    dead: int
+
+
+class DeadLetter(msgspec.Struct):
+    """A record that Postgres refused."""
+
+    partition: int
+    entry: str
+    session_id: str
+    fact: str
+    reason: str
+    died_at: str
+
+
+class Outbox:
+    """The outboxes of all partitions, as one consumer of the group sees them."""
+
+    def __init__(self, client: Client, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
+        self._client = client
+        self._scripts = scripts
+        self._keys = keys
+        self._consumer = consumer
+        self.partitions = range(keys.partitions)
+
+    async def create_groups(self) -> None:
+        """Makes the consumer group of every partition; harmless when it is there."""
+        await gather_bounded(self._create_group(partition) for partition in self.partitions)
+
+    async def _create_group(self, partition: int) -> None:
+        async def create() -> None:
+            try:
+                await self._client.execute_command("XGROUP", "CREATE", self._keys.outbox(partition), GROUP, "0", "MKSTREAM")
+            except ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
+
+        await call(create, 5)
+
+    async def take(self, partition: int, count: int, *, own: bool = False, claim: bool = False) -> Taken:
+        """Up to `count` records: this consumer's own pending ones, or new ones, preceded by dead workers' if `claim`."""
+        reply = await self._scripts.run(
+            "take",
+            "",
+            [self._keys.outbox(partition)],
+            {
+                "group": GROUP,
+                "consumer": self._consumer,
+                "count": count,
+                "own": int(own),
+                "claim_idle_ms": CLAIM_IDLE_MS if claim else 0,
+            },
+        )
+        return Taken([(entry, fields) for entry, fields in reply[1]], reply[2])
+
+    async def mark_flushed(self, partition: int, records: Sequence[Record]) -> int:
+        """Notes that the records are in Postgres; how many were taken off the outbox by this call."""
+        session_ids = list(dict.fromkeys(record.session.session_id for record in records))
+        index = {session_id: i + 1 for i, session_id in enumerate(session_ids)}
+        tokens = " ".join(f"{record.entry},{record.fact},{index[record.session.session_id]}" for record in records)
+        keys = [self._keys.outbox(partition), self._keys.live(partition), *map(self._keys.session, session_ids)]
+        reply = await self._scripts.run("mark_flushed", "", keys, {"group": GROUP, "records": tokens}, 5)
+        return int(reply[1])
+
+    async def dead_letter(self, partition: int, entry: str, session_id: str, fact: str, reason: str) -> bool:
+        """Moves a record aside, with the reason."""
+        reply = await self._scripts.run(
+            "dead_letter",
+            session_id,
+            [self._keys.outbox(partition), self._keys.dead(partition), self._keys.session(session_id)],
+            {"group": GROUP, "entry": entry, "fact": fact, "reason": reason},
+        )
+        return bool(reply[0] == "moved")
+
+    async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
+        """The oldest dead letters of each partition."""
+        found = []
+        for partition in self.partitions:
+            for entry, fields in await self._range(self._keys.dead(partition), limit):
+                text = {name: value.decode(errors="replace") for name, value in _pairs(fields)}
+                found.append(
+                    DeadLetter(
+                        partition,
+                        entry.decode(),
+                        text.get(b"session_id", ""),
+                        text.get(b"fact", ""),
+                        text.get(b"reason", ""),
+                        text.get(b"died_at", ""),
+                    )
+                )
+        return found
+
+    async def retry_dead(self, letter: DeadLetter) -> bool:
+        """Puts a dead letter back on the outbox; whether it was there."""
+        partition, session_id = letter.partition, letter.session_id
+        keys = [self._keys.outbox(partition), self._keys.dead(partition), self._keys.session(session_id)]
+        reply = await self._scripts.run("retry_dead", session_id, keys, {"dead_entry": letter.entry})
+        return bool(reply[0] == "queued")
+
+    async def session_ids(self, limit: int) -> set[str] | None:
+        """The sessions that have records waiting; None when there are more than `limit` records."""
+        found: set[str] = set()
+        outboxes = [self._keys.outbox(partition) for partition in self.partitions]
+        lists = await gather_bounded(self._range(outbox, limit + 1) for outbox in outboxes)
+        if sum(map(len, lists)) > limit:
+            return None
+        for _, fields in chain.from_iterable(lists):
+            found.update(value.decode() for name, value in _pairs(fields) if name == b"session_id")
+        return found
+
+    async def backlog(self, now_ms: int) -> Backlog:
+        """How far Postgres is behind, over all partitions."""
+        outboxes = [self._keys.outbox(partition) for partition in self.partitions]
+        records = await gather_bounded(self._length(outbox) for outbox in outboxes)
+        dead = await gather_bounded(self._length(self._keys.dead(partition)) for partition in self.partitions)
+        oldest = await gather_bounded(self._range(outbox, 1) for outbox in outboxes)
+        lags = [now_ms - int(entry.split(b"-")[0]) for entry, _ in chain.from_iterable(oldest)]
+        return Backlog(sum(records), max(lags, default=0), sum(dead))
+
+    async def _length(self, key: str) -> int:
+        return int(await call(lambda: self._client.execute_command("XLEN", key)))
+
+    async def _range(self, key: str, limit: int) -> list[tuple[bytes, list[bytes]]]:
+        reply: list[Any] = await call(lambda: self._client.xrange(key, count=limit), 5)
+        return [(entry, [part for pair in fields.items() for part in pair]) for entry, fields in reply]
+
+
+def _pairs(fields: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:
+    return zip(fields[::2], fields[1::2], strict=True)

@@ -1,0 +1,242 @@
+"""What is stored: sessions, turns, messages, and the records that carry them to Postgres.
+
+The JSON of a turn (hash field `t:<n>`) and the fields of a record (outbox entry) are stored formats: a version reads
+what the one before it wrote. Timestamps are ISO-8601 UTC text with milliseconds, as operators read them.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, Literal
+from uuid import UUID
+
+import msgspec
+
+from persistence.errors import Damaged
+
+Channel = Literal["text", "voice", "phone"]
+Role = Literal["user", "assistant", "system"]
+Status = Literal["active", "ended", "timeout", "erased"]
+
+HEADER = (
+    "format",
+    "id",
+    "session_id",
+    "agent_id",
+    "channel",
+    "status",
+    "user_id",
+    "website_domain",
+    "ip_address",
+    "user_agent",
+    "started_at",
+    "last_activity_at",
+    "ended_at",
+    "message_count",
+    "context",
+    "metadata",
+    "minted",
+    "turns",
+    "revision",
+)
+"""The fields of a session that travel with every record, in the order in which scripts return them (lua/prelude)."""
+
+
+class Message(msgspec.Struct, omit_defaults=True):
+    """One message of a turn. `tokens_used`, `latency_ms` (of the turn) and `model_used` belong to assistant messages."""
+
+    id: str
+    role: Role
+    content: str
+    created_at: str
+    audio_url: str | None = None
+    audio_duration_ms: int | None = None
+    tokens_used: int | None = None
+    latency_ms: int | None = None
+    model_used: str | None = None
+    metadata: dict[str, Any] | None = None
+
+
+class Turn(msgspec.Struct, omit_defaults=True):
+    """A committed turn. `seq` numbers its first message within the session, from 1; the others follow.
+
+    `metadata` is what the client was answered with, so that a retry gets the same.
+    """
+
+    id: str
+    message_id: str | None
+    seq: int
+    messages: list[Message]
+    metadata: dict[str, Any] = {}
+
+
+class Session(msgspec.Struct, kw_only=True):
+    """A session without its messages. Empty text stands for a fact that is not known."""
+
+    id: str
+    session_id: str
+    agent_id: str
+    channel: Channel
+    status: Status
+    user_id: str
+    website_domain: str
+    ip_address: str
+    user_agent: str
+    started_at: str
+    last_activity_at: str
+    ended_at: str
+    message_count: int
+    context: dict[str, Any]
+    metadata: dict[str, Any]
+    minted: bool
+    turns: int
+    revision: int
+
+
+class Record(msgspec.Struct):
+    """A durable fact on its way to Postgres: the session as of `revision`, and the turn if the fact is one (`t:<n>`)."""
+
+    entry: str
+    fact: str
+    session: Session
+    turn: Turn | None
+
+
+class StoredMessage(Message, kw_only=True):
+    """A message of a transcript: with its number in the session, its turn, and that turn's number."""
+
+    seq: int
+    turn_id: str
+    turn: int
+    message_id: str | None = None
+
+
+_encoder = msgspec.json.Encoder()
+_turn_decoder = msgspec.json.Decoder(Turn)
+_object_decoder = msgspec.json.Decoder(dict[str, Any])
+_CHANNELS = frozenset(("text", "voice", "phone", ""))
+_STATUSES = frozenset(("active", "ended", "timeout", "erased"))
+
+
+def iso(ms: int) -> str:
+    """Milliseconds since 1970 as stored text."""
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03d}Z"
+
+
+def iso_from(moment: datetime) -> str:
+    """A moment with a time zone as stored text."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{moment.microsecond // 1000:03d}Z"
+
+
+def moment(text: str) -> datetime:
+    """Stored text as a moment. Raises ValueError."""
+    return datetime.fromisoformat(text)
+
+
+def encode_turn(turn: Turn) -> bytes:
+    return _encoder.encode(turn)
+
+
+def encode_object(value: Mapping[str, Any]) -> str:
+    return _encoder.encode(value).decode()
+
+
+def decode_turn(raw: bytes | None, where: str, field: str) -> Turn:
+    """A turn from its stored JSON. Raises Damaged."""
+    if raw is None:
+        raise Damaged(where, field, "is missing")
+    try:
+        return _turn_decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise Damaged(where, field, str(error)) from error
+
+
+def decode_session(values: Sequence[bytes], where: str) -> Session:
+    """A session from the values of HEADER. Raises Damaged, naming the field."""
+    if len(values) != len(HEADER):
+        raise Damaged(where, "header", f"has {len(values)} values")
+    text: dict[str, str] = {}
+    field = "format"
+    try:
+        for field, value in zip(HEADER, values, strict=True):
+            text[field] = value.decode()
+        field = "format"
+        if text[field] != "1":
+            raise ValueError(f"{text[field]!r} is not a format this version reads")
+        field = "channel"
+        if text[field] not in _CHANNELS:
+            raise ValueError(f"{text[field]!r} is no channel")
+        field = "status"
+        if text[field] not in _STATUSES:
+            raise ValueError(f"{text[field]!r} is no status")
+        numbers = {}
+        for field in ("message_count", "turns", "revision"):
+            numbers[field] = int(text[field])
+        objects = {}
+        for field in ("context", "metadata"):
+            objects[field] = _object_decoder.decode(text[field])
+        return Session(
+            id=text["id"],
+            session_id=text["session_id"],
+            agent_id=text["agent_id"],
+            channel=text["channel"],  # type: ignore[arg-type]  # checked above
+            status=text["status"],  # type: ignore[arg-type]  # checked above
+            user_id=text["user_id"],
+            website_domain=text["website_domain"],
+            ip_address=text["ip_address"],
+            user_agent=text["user_agent"],
+            started_at=text["started_at"],
+            last_activity_at=text["last_activity_at"],
+            ended_at=text["ended_at"],
+            minted=text["minted"] == "1",
+            context=objects["context"],
+            metadata=objects["metadata"],
+            message_count=numbers["message_count"],
+            turns=numbers["turns"],
+            revision=numbers["revision"],
+        )
+    except (ValueError, AttributeError, msgspec.DecodeError) as error:
+        raise Damaged(where, field, str(error)) from error
+
+
+def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
+    """A record from an outbox entry's id and its fields as [name, value, ...]. Raises Damaged."""
+    where = f"outbox entry {entry.decode(errors='replace')}"
+    by_name = dict(zip(fields[::2], fields[1::2], strict=False))
+    try:
+        fact, turn_json = by_name[b"fact"].decode(), by_name[b"turn"]
+        values = [by_name[name.encode()] for name in HEADER]
+    except (KeyError, UnicodeDecodeError) as error:
+        raise Damaged(where, str(error), "is missing or unreadable") from error
+    session = decode_session(values, where)
+    try:
+        UUID(session.id), UUID(session.agent_id)
+        moment(session.started_at), moment(session.last_activity_at), session.ended_at and moment(session.ended_at)
+    except ValueError as error:
+        raise Damaged(where, "id, agent_id or a timestamp", str(error)) from error
+    turn = None
+    if fact.startswith("t:"):
+        turn = decode_turn(turn_json, where, "turn")
+    return Record(entry.decode(), fact, session, turn)
+
+
+def transcript(turn: Turn, number: int) -> list[StoredMessage]:
+    """The messages of a turn as a transcript shows them, oldest first."""
+    return [
+        StoredMessage(
+            id=message.id,
+            role=message.role,
+            content=message.content,
+            created_at=message.created_at,
+            audio_url=message.audio_url,
+            audio_duration_ms=message.audio_duration_ms,
+            tokens_used=message.tokens_used,
+            latency_ms=message.latency_ms,
+            model_used=message.model_used,
+            metadata=message.metadata,
+            seq=turn.seq + index,
+            turn_id=turn.id,
+            turn=number,
+            message_id=turn.message_id if message.role == "user" else None,
+        )
+        for index, message in enumerate(turn.messages)
+    ]

@@ -1,0 +1,359 @@
+"""The Redis layer: everything that happens to a session, one atomic script each. Redis owns the truth about a live session.
+
+Called by the gateway (begin, commit, abort, renew, open, read, end, erase) and by the worker (hydrate, time_out, reap).
+It never reads Postgres: a session that is not in Redis comes back as `Absent` with a ticket, and whoever can read
+Postgres installs it with `hydrate` under that ticket.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+from persistence.errors import Damaged
+from persistence.keys import GROUP, Keys
+from persistence.records import (
+    Session,
+    Turn,
+    decode_session,
+    decode_turn,
+    encode_object,
+    encode_turn,
+)
+from persistence.scripts import Scripts
+
+TICKET_MS = 10_000
+WAITER_MS = 2_000
+
+IfBusy = Literal["queue", "reject", "interrupt"]
+Reason = Literal[
+    "ended",
+    "erased",
+    "foreign",
+    "unauthorized",
+    "backlog_full",
+    "queue_full",
+    "limited",
+]
+
+
+class Access(msgspec.Struct, frozen=True):
+    """Who asks: compared with the session's own binding. An empty `agent_id` or `website_domain` is not compared."""
+
+    agent_id: str = ""
+    website_domain: str = ""
+    authorized: bool = False
+
+
+class TurnPolicy(msgspec.Struct, frozen=True):
+    """What an agent sets for its turns. `hot_turns` bounds both the history given back and the hot window."""
+
+    hot_turns: int
+    hot_ttl_s: int
+    if_busy: IfBusy = "queue"
+    max_waiting: int = 3
+    rate_messages: int = 0
+    rate_per_s: int = 60
+
+
+class NewSession(msgspec.Struct, frozen=True):
+    """What a session is created with. `id` is its UUIDv7; `minted` ids were made by the gateway and need their token."""
+
+    id: str
+    session_id: str
+    agent_id: str
+    channel: str
+    website_domain: str
+    user_id: str
+    ip_address: str
+    user_agent: str
+    metadata: dict[str, Any]
+    minted: bool
+    hot_ttl_s: int
+
+
+class Begun(msgspec.Struct):
+    """The turn holds the session. `now_ms` is Redis' clock, `turns` the newest ones, oldest first, the first numbered
+    `first`."""
+
+    fence: int
+    now_ms: int
+    session: Session
+    first: int
+    turns: list[Turn]
+
+
+class Replay(msgspec.Struct):
+    """This message_id was answered before."""
+
+    session: Session
+    number: int
+    turn: Turn
+
+
+class Busy(msgspec.Struct):
+    """Another turn runs; `same_message` when it answers the very same message_id."""
+
+    lease_left_ms: int
+    same_message: bool
+
+
+class Queued(msgspec.Struct):
+    """The turn waits at this position, from 1. It keeps its place by asking again within 2 s."""
+
+    position: int
+
+
+class Absent(msgspec.Struct):
+    """Not in Redis. What is read from Postgres from now on may be installed under `ticket`."""
+
+    ticket: int
+
+
+class Refused(msgspec.Struct):
+    """Not allowed, and why. `retry_after_ms` where waiting helps."""
+
+    reason: Reason
+    retry_after_ms: int = 0
+
+
+class Committed(msgspec.Struct):
+    message_count: int
+    last_activity_at: str
+
+
+class Opened(msgspec.Struct):
+    """A session, and whether this call created it."""
+
+    session: Session
+    created: bool
+
+
+class Hot(msgspec.Struct):
+    """A session as Redis has it, with the turns asked for. `ttl_ms` is -1 when it has none."""
+
+    session: Session
+    ttl_ms: int
+    first_hot: int
+    flushed: int
+    first: int
+    turns: list[Turn]
+
+
+class Snapshot(msgspec.Struct):
+    """A session as Postgres has it, with its newest turns, the first numbered `first`."""
+
+    session: Session
+    first: int
+    turns: list[Turn]
+
+
+class SessionStore:
+    """Sessions in one Redis. `lease_ms` is how long a dead pod can block a session, `max_backlog` how many records may
+    wait for Postgres in a partition before new turns are refused."""
+
+    def __init__(self, scripts: Scripts, keys: Keys, *, lease_ms: int = 15_000, max_backlog: int = 200_000) -> None:
+        self._scripts = scripts
+        self._keys = keys
+        self.lease_ms = lease_ms
+        self._max_backlog = max_backlog
+
+    def _key(self, session_id: str, *names: str) -> list[str]:
+        """The session's key, then the keys of its partition by name; `ticket` is the session's own."""
+        head = self._keys.head(session_id)
+        return [
+            f"{head}session:{session_id}",
+            *(f"{head}ticket:{session_id}" if name == "ticket" else head + name for name in names),
+        ]
+
+    async def begin(
+        self, session_id: str, turn_id: str, access: Access, policy: TurnPolicy, *, message_id: str = ""
+    ) -> Begun | Absent | Replay | Busy | Queued | Refused:
+        """Takes the session for a turn. Repeating the call with the same `turn_id` is safe."""
+        reply = await self._scripts.run(
+            "begin",
+            session_id,
+            self._key(session_id, "outbox", "fence", "running", "ticket"),
+            {
+                "turn_id": turn_id,
+                **_access(access),
+                "message_id": message_id,
+                "lease_ms": self.lease_ms,
+                "hot_turns": policy.hot_turns,
+                "hot_ttl_s": policy.hot_ttl_s,
+                "if_busy": policy.if_busy,
+                "max_waiting": policy.max_waiting,
+                "waiter_ms": WAITER_MS,
+                "rate_messages": policy.rate_messages,
+                "rate_ms": policy.rate_per_s * 1000,
+                "max_backlog": self._max_backlog,
+                "ticket_ms": TICKET_MS,
+            },
+        )
+        where = f"session {session_id}"
+        match reply:
+            case ["begun", fence, now_ms, first, header, turns]:
+                decoded = _turns(turns, first, where)
+                return Begun(int(fence), int(now_ms), decode_session(header, where), first, decoded)
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case ["replay", number, header, turn]:
+                return Replay(decode_session(header, where), number, decode_turn(turn, where, f"t:{number}"))
+            case ["busy", left_ms, same]:
+                return Busy(int(left_ms), bool(same))
+            case ["queued", position]:
+                return Queued(position)
+            case ["limited", retry_after_ms]:
+                return Refused("limited", int(retry_after_ms))
+            case [reason]:
+                return Refused(reason)
+        raise Damaged(where, "reply", f"of begin is {reply[0]}")
+
+    async def commit(
+        self, session_id: str, turn_id: str, fence: int, number: int, turn: Turn, policy: TurnPolicy, context: str = ""
+    ) -> Committed | None:
+        """Appends turn `number` and puts its record on the outbox; None when the session was lost to someone else.
+
+        `context` is a JSON object, or empty to leave it as it is. Committing the same turn again adds nothing.
+        """
+        reply = await self._scripts.run(
+            "commit",
+            session_id,
+            self._key(session_id, "outbox", "live", "running"),
+            {
+                "turn_id": turn_id,
+                "fence": fence,
+                "number": number,
+                "turn": encode_turn(turn),
+                "messages": len(turn.messages),
+                "context": context,
+                "hot_turns": policy.hot_turns,
+            },
+        )
+        if reply[0] == "lost":
+            return None
+        return Committed(reply[1], reply[2].decode())
+
+    async def abort(self, session_id: str, turn_id: str) -> bool:
+        """Gives up a running or waiting turn; whether it was still there."""
+        keys = self._key(session_id, "running")
+        return bool((await self._scripts.run("abort", session_id, keys, {"turn_id": turn_id}))[0] == "aborted")
+
+    async def renew(self, session_id: str, turn_id: str, fence: int) -> bool:
+        """Renews the lease of a running turn; False when it is lost."""
+        keys = self._key(session_id, "running")
+        reply = await self._scripts.run(
+            "renew", session_id, keys, {"turn_id": turn_id, "fence": fence, "lease_ms": self.lease_ms}
+        )
+        return bool(reply[0] == "renewed")
+
+    async def open(self, new: NewSession, *, ticket: int = 0, authorized: bool = False) -> Opened | Absent | Refused:
+        """Creates the session, or finds it."""
+        reply = await self._scripts.run(
+            "open",
+            new.session_id,
+            self._key(new.session_id, "outbox", "fence", "live", "ticket"),
+            {
+                "id": new.id,
+                **_access(Access(new.agent_id, new.website_domain, authorized)),
+                "channel": new.channel,
+                "user_id": new.user_id,
+                "ip_address": new.ip_address,
+                "user_agent": new.user_agent,
+                "metadata": encode_object(new.metadata),
+                "minted": int(new.minted),
+                "hot_ttl_s": new.hot_ttl_s,
+                "ticket": ticket or "",
+                "ticket_ms": TICKET_MS,
+                "max_backlog": self._max_backlog,
+            },
+        )
+        match reply:
+            case ["opened" | "found" as word, header]:
+                return Opened(decode_session(header, f"session {new.session_id}"), word == "opened")
+            case ["absent", given]:
+                return Absent(given)
+            case _:
+                return Refused(reply[0])
+
+    async def read(self, session_id: str, access: Access, count: int = 0) -> Hot | Absent | Refused:
+        """The session, with up to `count` of its newest hot turns."""
+        arguments = {**_access(access), "count": count, "ticket_ms": TICKET_MS}
+        reply = await self._scripts.run("read", session_id, self._key(session_id, "fence", "ticket"), arguments)
+        match reply:
+            case ["read", ttl_ms, first_hot, flushed, first, header, turns]:
+                where = f"session {session_id}"
+                decoded = _turns(turns, first, where)
+                return Hot(decode_session(header, where), ttl_ms, first_hot, flushed, first, decoded)
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def hydrate(self, snapshot: Snapshot, ticket: int, hot_ttl_s: int) -> bool:
+        """Installs what was read from Postgres; False when the ticket is stale: ask again."""
+        session = snapshot.session
+        fields = {
+            f"field:{name}": value
+            for name, value in {
+                **msgspec.structs.asdict(session),
+                "context": encode_object(session.context),
+                "metadata": encode_object(session.metadata),
+                "minted": int(session.minted),
+            }.items()
+        }
+        turns = {f"field:t:{snapshot.first + i}": encode_turn(turn) for i, turn in enumerate(snapshot.turns)}
+        reply = await self._scripts.run(
+            "hydrate",
+            session.session_id,
+            self._key(session.session_id, "live", "ticket"),
+            {"ticket": ticket, "hot_ttl_s": hot_ttl_s, "first_hot": snapshot.first, **fields, **turns},
+        )
+        return bool(reply[0] == "hydrated")
+
+    async def end(self, session_id: str, access: Access) -> Session | Absent | Refused:
+        """Ends the session for good."""
+        keys = self._key(session_id, "outbox", "fence", "running", "ticket")
+        reply = await self._scripts.run("end", session_id, keys, {**_access(access), "ticket_ms": TICKET_MS})
+        match reply:
+            case ["ended", header]:
+                return decode_session(header, f"session {session_id}")
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def time_out(self, session_id: str, idle_ms: int) -> bool | Absent:
+        """Marks the session as timed out if it was idle for `idle_ms`; whether it did."""
+        keys = self._key(session_id, "outbox", "fence", "ticket")
+        reply = await self._scripts.run("time_out", session_id, keys, {"idle_ms": idle_ms, "ticket_ms": TICKET_MS})
+        return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "timed_out"
+
+    async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
+        """Erases the session; returns its UUID."""
+        keys = self._key(session_id, "outbox", "fence", "live", "running", "dead", "ticket")
+        arguments = {**_access(access), "group": GROUP, "ticket_ms": TICKET_MS}
+        reply = await self._scripts.run("erase", session_id, keys, arguments)
+        match reply:
+            case ["erased", session_uuid]:
+                return str(session_uuid.decode())
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def reap(self, session_id: str) -> str | None:
+        """Lets go of a turn whose lease ran out; its turn_id, or None."""
+        reply = await self._scripts.run("reap", session_id, self._key(session_id, "running"), {})
+        return reply[1].decode() if reply[0] == "reaped" else None
+
+
+def _access(access: Access) -> dict[str, str | int]:
+    return {
+        "agent_id": access.agent_id,
+        "website_domain": access.website_domain,
+        "authorized": int(access.authorized),
+    }
+
+
+def _turns(raw: list[bytes | None], first: int, where: str) -> list[Turn]:
+    return [decode_turn(turn, where, f"t:{first + i}") for i, turn in enumerate(raw)]

@@ -1,0 +1,3 @@
+-- Deletes an agent; its sessions stay.
+-- $1 uuid
+DELETE FROM agents WHERE id = $1

@@ -1,0 +1,152 @@
+"""The write-behind worker: takes records off the outbox, puts them into Postgres, and only then lets go of them.
+
+Any number of workers run side by side. What always holds: a record is acknowledged after the transaction with it has
+been committed; flushing it again changes nothing; an error that is not the data's own leaves everything where it is.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from time import monotonic
+
+import structlog
+
+from persistence.connection import gather_bounded
+from persistence.errors import Damaged, DataRefused, PersistenceError, PostgresUnavailable, RedisUnavailable
+from persistence.housekeeping import Housekeeping
+from persistence.outbox import CLAIM_IDLE_MS, Outbox
+from persistence.postgres import Postgres
+from persistence.records import Record, decode_record
+
+log = structlog.get_logger()
+
+BATCH = 500
+IDLE_S = 0.05
+MAX_IDLE_S = 0.25
+MAX_BACKOFF_S = 2.0
+FLUSH_TIMEOUT_S = 30.0
+CLAIM_EVERY_S = CLAIM_IDLE_MS / 1000 / 2
+
+
+class Worker:
+    """One worker. `housekeep_s` is the pause between two rounds of housekeeping."""
+
+    def __init__(self, outbox: Outbox, postgres: Postgres, housekeeping: Housekeeping, *, housekeep_s: float = 1.0) -> None:
+        self._outbox = outbox
+        self._postgres = postgres
+        self._housekeeping = housekeeping
+        self._housekeep_s = housekeep_s
+        self._stopping = asyncio.Event()
+        self._own_pending = set(outbox.partitions)
+        self._claim_at = 0.0
+
+    def stop(self) -> None:
+        """Asks the worker to end: it finishes the batch it has, flushes what is left, and returns."""
+        self._stopping.set()
+
+    async def run(self) -> None:
+        """Works until stopped."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(
+                self._repeat("flush", self.flush_once, MAX_IDLE_S if len(self._outbox.partitions) > 1 else IDLE_S)
+            )
+            tasks.create_task(self._repeat("housekeeping", self._housekeeping.run_once, self._housekeep_s))
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Flushes until the outbox has nothing new or the time is over; whether it is empty."""
+        deadline = monotonic() + timeout_s
+        while monotonic() < deadline:
+            try:
+                if await self.flush_once() == 0:
+                    return True
+            except (RedisUnavailable, PostgresUnavailable) as error:
+                log.warning("worker.drain_failed", error=str(error))
+                await asyncio.sleep(0.2)
+        return False
+
+    async def _repeat(self, what: str, work: Callable[[], Awaitable[int]], idle_s: float) -> None:
+        backoff_s = idle_s
+        while not self._stopping.is_set():
+            try:
+                done = await work()
+                backoff_s = idle_s
+                pause_s = 0.0 if done else idle_s
+            except (RedisUnavailable, PostgresUnavailable) as error:
+                log.warning(f"worker.{what}_failed", error=str(error), retry_in_s=backoff_s)
+                pause_s = backoff_s
+                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+            except PersistenceError:
+                log.exception(f"worker.{what}_failed")
+                pause_s = MAX_BACKOFF_S
+            if pause_s:
+                try:
+                    await asyncio.wait_for(self._stopping.wait(), pause_s)
+                except TimeoutError:
+                    continue
+
+    async def flush_once(self) -> int:
+        """Flushes up to one batch of each partition; how many records were dealt with."""
+        claim = monotonic() >= self._claim_at
+        if claim:
+            self._claim_at = monotonic() + CLAIM_EVERY_S
+        done = await gather_bounded(self._flush_partition(partition, claim) for partition in self._outbox.partitions)
+        return sum(done)
+
+    async def _flush_partition(self, partition: int, claim: bool) -> int:
+        # Own pending records come first at the start and after any error: until they are dealt with, nothing new is taken.
+        own = partition in self._own_pending
+        taken = await self._outbox.take(partition, BATCH, own=own, claim=claim and not own)
+        if taken.deleted:
+            log.error("outbox.deleted_while_pending", partition=partition, entries=len(taken.deleted))
+        if not taken.entries:
+            self._own_pending.discard(partition)
+            return 0
+        self._own_pending.add(partition)
+        started = monotonic()
+        records: list[Record] = []
+        for entry, fields in taken.entries:
+            try:
+                records.append(decode_record(entry, fields))
+            except Damaged as error:
+                await self._bury(partition, entry, fields, str(error))
+        flushed, refused = await self._flush(partition, records)
+        if not own:
+            self._own_pending.discard(partition)
+        log.info(
+            "outbox.flushed",
+            partition=partition,
+            records=flushed,
+            refused=refused + len(taken.entries) - len(records),
+            duration_ms=round((monotonic() - started) * 1000, 1),
+        )
+        return len(taken.entries)
+
+    async def _flush(self, partition: int, records: Sequence[Record]) -> tuple[int, int]:
+        """Flushes records in one transaction; on an error of the data halves them until the bad ones stand alone.
+
+        Returns how many were flushed and how many refused.
+        """
+        if not records:
+            return 0, 0
+        try:
+            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:
+                await transaction.flush(records)
+        except DataRefused as error:
+            if len(records) == 1:
+                record = records[0]
+                await self._outbox.dead_letter(partition, record.entry, record.session.session_id, record.fact, str(error))
+                log.error("outbox.dead_letter", partition=partition, entry=record.entry, reason=str(error))
+                return 0, 1
+            middle = len(records) // 2
+            left = await self._flush(partition, records[:middle])
+            right = await self._flush(partition, records[middle:])
+            return left[0] + right[0], left[1] + right[1]
+        await self._outbox.mark_flushed(partition, records)
+        return len(records), 0
+
+    async def _bury(self, partition: int, entry: bytes, fields: Sequence[bytes], reason: str) -> None:
+        """Puts a record that cannot be read on the dead stream."""
+        named = dict(zip(fields[::2], fields[1::2], strict=False))
+        session_id = named.get(b"session_id", b"").decode(errors="replace")
+        fact = named.get(b"fact", b"").decode(errors="replace")
+        await self._outbox.dead_letter(partition, entry.decode(), session_id, fact, reason)
+        log.error("outbox.dead_letter", partition=partition, entry=entry.decode(), reason=reason)
