@@ -30,8 +30,8 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     config: dict[str, Any] = {}
-    allowed_domains: Annotated[list[Domain], msgspec.Meta(max_length=1000)] = []
-    channels: Annotated[list[Channel], msgspec.Meta(min_length=1)] = ["text", "voice", "phone"]
+    allowed_domains: Annotated[tuple[Domain, ...], msgspec.Meta(max_length=1000)] = ()
+    channels: Annotated[tuple[Channel, ...], msgspec.Meta(min_length=1)] = ("text", "voice", "phone")
     history_window: Annotated[int, msgspec.Meta(ge=0, le=2000)] = 50
     hot_ttl_s: Annotated[int, msgspec.Meta(ge=1, le=2_592_000)] = 1800
     turn_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60

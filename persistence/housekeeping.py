@@ -13,7 +13,7 @@ import structlog
 from persistence.connection import Client, call, gather_bounded
 from persistence.errors import Damaged
 from persistence.hydrator import Hydrator
-from persistence.keys import Keys
+from persistence.keys import Keys, masked
 from persistence.postgres import Postgres
 from persistence.scripts import Scripts
 from persistence.sessions import SessionStore
@@ -69,7 +69,7 @@ class Housekeeping:
             turn_id = await self._store.reap(session_id)
             if turn_id:
                 reaped += 1
-                log.warning("turn.reaped", session_id=session_id, turn_id=turn_id)
+                log.warning("turn.reaped", session=masked(session_id), turn_id=turn_id)
         return reaped
 
     async def _late(self, partition: int) -> list[str]:
@@ -112,7 +112,7 @@ class Housekeeping:
         idle_ms = int(self._session_timeout_s * 1000)
         try:
             if await self._hydrator.with_session(session_id, lambda: self._store.time_out(session_id, idle_ms)):
-                log.info("session.timed_out", session_id=session_id)
+                log.info("session.timed_out", session=masked(session_id))
         except Damaged as error:
             log.error("session.damaged", error=str(error))
 

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from persistence.agents import AgentCopies, AgentDefinition
 from persistence.errors import RedisUnavailable
+from persistence.keys import masked
 from persistence.postgres import Postgres
 from persistence.sessions import Absent, SessionStore
 
@@ -47,4 +48,4 @@ class Hydrator:
                 return outcome
             if not await self.hydrate(session_id, outcome.ticket):
                 return None
-        raise RedisUnavailable(f"session {session_id} left Redis {ATTEMPTS} times while it was wanted")
+        raise RedisUnavailable(f"session {masked(session_id)} left Redis {ATTEMPTS} times while it was wanted")

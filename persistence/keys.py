@@ -11,6 +11,7 @@ gw:{p}:live                        zset    permanent, trimmed        lua/open, c
 gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn
 gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
                                                                      guards lua/hydrate and lua/open
+gw:limit:<bucket>                  string  until it is empty         lua/limit
 gw:agent:<agent_id>                hash    permanent                 agents.py
 gw:agent:<name>                    hash    permanent                 agents.py (points at the agent's id)
 gw:meta                            hash    permanent                 connection.py
@@ -25,6 +26,11 @@ FORMAT = 1
 
 GROUP = "flush"
 """The consumer group of every outbox."""
+
+
+def masked(session_id: str) -> str:
+    """A session id as logs may show it: enough to find it with redis-cli, too little to use it."""
+    return f"{session_id[:-10]}…" if len(session_id) > 20 else "…"
 
 
 class Keys:
@@ -62,6 +68,10 @@ class Keys:
     def agent(self, reference: str) -> str:
         """The hash of an agent's definition (by id) or of the pointer to it (by name)."""
         return f"{self.prefix}:agent:{reference}"
+
+    def limit(self, bucket: str) -> str:
+        """A rate limit that is not about one session."""
+        return f"{self.prefix}:limit:{bucket}"
 
     def permanent(self) -> set[str]:
         """The keys that live without a TTL, agents' apart."""

@@ -16,6 +16,7 @@ import msgspec
 
 from persistence.agents import Agent, as_uuid, decode_definition
 from persistence.errors import Damaged, DataRefused, PostgresUnavailable
+from persistence.keys import masked
 from persistence.records import (
     Message,
     Record,
@@ -342,7 +343,7 @@ def _turns(rows: Sequence[asyncpg.Record], first: int, session: Session) -> list
     turns = []
     for number in range(first, session.turns + 1):
         if number not in by_number:
-            raise Damaged(f"session {session.session_id}", f"turn {number}", "is missing in Postgres")
+            raise Damaged(f"session {masked(session.session_id)}", f"turn {number}", "is missing in Postgres")
         of_turn = by_number[number]
         raw = of_turn[-1]["turn_metadata"]
         turns.append(

@@ -18,6 +18,7 @@ from redis.exceptions import NoScriptError
 
 from persistence.connection import Client, call, drop_connections
 from persistence.errors import Damaged, ForeignReply
+from persistence.keys import masked
 
 log = structlog.get_logger()
 
@@ -74,7 +75,8 @@ class Scripts:
             raise ForeignReply(f"the reply to {name} belongs to another call")
         word = reply[0].decode()
         if word == "damaged":
-            raise Damaged(f"session {session_id}", reply[3].decode(errors="replace"), "is missing or unreadable in Redis")
+            field = reply[3].decode(errors="replace")
+            raise Damaged(f"session {masked(session_id)}", field, "is missing or unreadable in Redis")
         return [word, *reply[3:]]
 
     async def _evaluate(self, name: str, key_count: int, tail: list[Argument]) -> Any:

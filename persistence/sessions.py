@@ -10,7 +10,7 @@ from typing import Any, Literal
 import msgspec
 
 from persistence.errors import Damaged
-from persistence.keys import GROUP, Keys
+from persistence.keys import GROUP, Keys, masked
 from persistence.records import (
     Session,
     Turn,
@@ -189,7 +189,7 @@ class SessionStore:
                 "ticket_ms": TICKET_MS,
             },
         )
-        where = f"session {session_id}"
+        where = f"session {masked(session_id)}"
         match reply:
             case ["begun", fence, now_ms, first, header, turns]:
                 decoded = _turns(turns, first, where)
@@ -269,7 +269,7 @@ class SessionStore:
         )
         match reply:
             case ["opened" | "found" as word, header]:
-                return Opened(decode_session(header, f"session {new.session_id}"), word == "opened")
+                return Opened(decode_session(header, f"session {masked(new.session_id)}"), word == "opened")
             case ["absent", given]:
                 return Absent(given)
             case _:
@@ -281,7 +281,7 @@ class SessionStore:
         reply = await self._scripts.run("read", session_id, self._key(session_id, "fence", "ticket"), arguments)
         match reply:
             case ["read", ttl_ms, first_hot, flushed, first, header, turns]:
-                where = f"session {session_id}"
+                where = f"session {masked(session_id)}"
                 decoded = _turns(turns, first, where)
                 return Hot(decode_session(header, where), ttl_ms, first_hot, flushed, first, decoded)
             case ["absent", ticket]:
@@ -316,7 +316,7 @@ class SessionStore:
         reply = await self._scripts.run("end", session_id, keys, {**_access(access), "ticket_ms": TICKET_MS})
         match reply:
             case ["ended", header]:
-                return decode_session(header, f"session {session_id}")
+                return decode_session(header, f"session {masked(session_id)}")
             case ["absent", ticket]:
                 return Absent(ticket)
             case _:

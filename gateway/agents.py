@@ -1,0 +1,93 @@
+"""The agents that this pod answers for: found by UUID or name, each looked up again after 2 s at most.
+
+Postgres owns the definitions and Redis has a copy; a change is on every pod within seconds, also while Postgres is down.
+"""
+
+import re
+from collections.abc import Callable
+from time import monotonic
+
+from uuid_utils.compat import uuid7
+
+from gateway.problems import AgentNotFound, InvalidField, NameTaken
+from persistence.agents import Agent, AgentCopies, AgentDefinition, as_uuid
+from persistence.errors import DataRefused, PostgresUnavailable
+from persistence.postgres import Postgres
+
+FRESH_S = 2.0
+REMEMBERED = 10_000
+
+
+class Agents:
+    """Finds, puts and deletes agents."""
+
+    def __init__(self, copies: AgentCopies, postgres: Postgres, *, clock: Callable[[], float] = monotonic) -> None:
+        self._copies = copies
+        self._postgres = postgres
+        self._clock = clock
+        self._known: dict[str, tuple[float, Agent | None]] = {}
+
+    async def load(self, reference: str) -> Agent:
+        """The agent with this UUID or name. Raises AgentNotFound."""
+        now = self._clock()
+        known = self._known.get(reference)
+        if known is None or now - known[0] > FRESH_S:
+            known = (now, await self._look_up(reference))
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            self._known[reference] = known
+        if known[1] is None:
+            raise AgentNotFound
+        return known[1]
+
+    async def _look_up(self, reference: str) -> Agent | None:
+        agent = await self._copies.find(reference)
+        if agent is None:
+            try:
+                agent = await self._postgres.find_agent(reference)
+            except PostgresUnavailable:
+                # Redis has every agent that was ever put or looked up: without Postgres, one it does not know is none.
+                return None
+            if agent is not None:
+                await self._copies.put(agent)
+        return agent
+
+    async def put(self, reference: str, definition: AgentDefinition) -> tuple[Agent, bool]:
+        """Creates the agent of that name, or replaces the definition of the one with that UUID or name.
+
+        Returns the agent and whether it is new.
+        """
+        old = await self._postgres.find_agent(reference)
+        if old is None and as_uuid(reference) is not None:
+            raise AgentNotFound("an agent is created under a name, not under a UUID")
+        if old is None:
+            check_name(reference)
+        agent = Agent(old.id if old else str(uuid7()), old.name if old else reference, definition)
+        try:
+            await self._postgres.put_agent(agent)
+        except DataRefused as error:
+            if error.constraint:
+                raise NameTaken from error
+            raise InvalidField(f"definition: {error}", field="definition") from error
+        await self._copies.put(agent)
+        self._known.clear()
+        return agent, old is None
+
+    async def delete(self, reference: str) -> None:
+        """Deletes an agent; its sessions stay. Raises AgentNotFound."""
+        agent = await self._postgres.find_agent(reference)
+        if agent is None:
+            raise AgentNotFound
+        await self._postgres.delete_agent(agent.id)
+        await self._copies.delete(agent)
+        self._known.clear()
+
+    async def list(self) -> list[Agent]:
+        """Every agent, by name."""
+        return await self._postgres.list_agents()
+
+
+def check_name(name: str) -> None:
+    """Raises InvalidField unless `name` can be an agent's name."""
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", name):
+        raise InvalidField("agent_id: a name is 1 to 100 of A-Z a-z 0-9 _ . -", field="agent_id")

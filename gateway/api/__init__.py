@@ -1,0 +1,1 @@
+"""The HTTP routes by noun. Each handler parses, calls one thing, renders."""

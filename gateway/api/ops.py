@@ -1,0 +1,92 @@
+"""Liveness, readiness, metrics, the API's description, the widget."""
+
+from collections.abc import Awaitable, Callable
+from hashlib import sha256
+from importlib.resources import files
+from time import time
+from typing import Any, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from gateway.api.rendering import answer
+from gateway.metrics import Metrics
+from persistence.errors import PersistenceError
+from persistence.outbox import Outbox
+from persistence.scripts import Scripts
+
+Health = Literal["ok", "down"]
+
+
+class Alive(msgspec.Struct):
+    """The process answers."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Readiness(msgspec.Struct):
+    """Each dependency's state. A pod is ready while Redis is: without Postgres, chat goes on."""
+
+    ready: bool
+    redis: Health
+    postgres: Health
+    draining: bool
+
+
+class OpsApi:
+    """The routes for operators and their tools."""
+
+    def __init__(
+        self,
+        check_redis: Callable[[], Awaitable[Any]],
+        check_postgres: Callable[[], Awaitable[Any]],
+        is_draining: Callable[[], bool],
+        outbox: Outbox,
+        scripts: Scripts,
+        metrics: Metrics,
+    ) -> None:
+        self._check_redis = check_redis
+        self._check_postgres = check_postgres
+        self._is_draining = is_draining
+        self._outbox = outbox
+        self._scripts = scripts
+        self._metrics = metrics
+        self._widget = (files("gateway") / "widget" / "widget.js").read_bytes()
+        self._widget_tag = f'"{sha256(self._widget).hexdigest()[:16]}"'
+
+    async def alive(self, request: Request) -> Response:
+        """GET /healthz"""
+        return answer(Alive())
+
+    async def ready(self, request: Request) -> Response:
+        """GET /readyz"""
+        redis = await _health(self._check_redis)
+        postgres = await _health(self._check_postgres)
+        draining = self._is_draining()
+        ready = redis == "ok" and not draining
+        return answer(Readiness(ready, redis, postgres, draining), 200 if ready else 503)
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics"""
+        backlog = await self._outbox.backlog(int(time() * 1000))
+        self._metrics.outbox_records.set(backlog.records)
+        self._metrics.outbox_lag_seconds.set(backlog.lag_ms / 1000)
+        self._metrics.dead_letters.set(backlog.dead)
+        self._metrics.foreign_replies.set(self._scripts.foreign_replies)
+        return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def widget(self, request: Request) -> Response:
+        """GET /widget.js"""
+        headers = {"ETag": self._widget_tag, "Cache-Control": "public, max-age=300", "X-Content-Type-Options": "nosniff"}
+        if request.headers.get("if-none-match") == self._widget_tag:
+            return Response(status_code=304, headers=headers)
+        return Response(self._widget, headers=headers, media_type="text/javascript")
+
+
+async def _health(check: Callable[[], Awaitable[Any]]) -> Health:
+    try:
+        await check()
+    except PersistenceError:
+        return "down"
+    return "ok"

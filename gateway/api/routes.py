@@ -1,0 +1,180 @@
+"""The route table: what the server serves, and what its OpenAPI document says. One list, so that they cannot drift."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.api.agents import AgentAnswer, AgentList, AgentsApi
+from gateway.api.chat import ChatApi, MessageAnswer, MessageBody
+from gateway.api.ops import Alive, OpsApi, Readiness
+from gateway.api.sessions import (
+    ListAnswer,
+    ListQuery,
+    MessagesAnswer,
+    MessagesQuery,
+    OpenBody,
+    OpenedSession,
+    SessionAnswer,
+    SessionsApi,
+    StatisticsAnswer,
+    StatisticsQuery,
+)
+from persistence.agents import AgentDefinition
+
+Handler = Callable[[Request], Awaitable[Response]]
+Guard = Literal["none", "session", "admin"]
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """One call: how it is reached, what goes in, what comes out. `errors` are the problem statuses it may answer with."""
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    answers: dict[int, Any]
+    errors: tuple[int, ...] = ()
+    body: Any = None
+    query: Any = None
+    guard: Guard = "none"
+
+
+def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsApi) -> list[Endpoint]:
+    """Every endpoint, the more particular path before the more general."""
+    body = (400, 413, 415, 422)
+    session = (401, 404, 500, 503)
+    return [
+        Endpoint(
+            "POST",
+            "/api/chat/{agent_id}/message",
+            chat.message,
+            "Answer a visitor's message",
+            {200: MessageAnswer},
+            (*body, 401, 403, 404, 409, 410, 429, 500, 502, 503, 504),
+            body=MessageBody,
+            guard="session",
+        ),
+        Endpoint(
+            "POST",
+            "/api/sessions",
+            sessions.open,
+            "Open a session, or find it",
+            {201: OpenedSession, 200: OpenedSession},
+            (*body, *session, 403, 410, 429),
+            body=OpenBody,
+            guard="session",
+        ),
+        Endpoint(
+            "GET",
+            "/api/sessions/stats",
+            sessions.statistics,
+            "Totals over sessions",
+            {200: StatisticsAnswer},
+            (401, 404, 422, 503),
+            query=StatisticsQuery,
+            guard="admin",
+        ),
+        Endpoint(
+            "GET",
+            "/api/sessions",
+            sessions.list,
+            "List live and stored sessions",
+            {200: ListAnswer},
+            (401, 404, 422, 503),
+            query=ListQuery,
+            guard="admin",
+        ),
+        Endpoint(
+            "GET",
+            "/api/sessions/{session_id}",
+            sessions.show,
+            "Show a session without its messages",
+            {200: SessionAnswer},
+            session,
+            guard="session",
+        ),
+        Endpoint(
+            "GET",
+            "/api/sessions/{session_id}/messages",
+            sessions.messages,
+            "Show a page of a session's transcript",
+            {200: MessagesAnswer},
+            (*session, 422),
+            query=MessagesQuery,
+            guard="session",
+        ),
+        Endpoint(
+            "POST",
+            "/api/sessions/{session_id}/end",
+            sessions.end,
+            "End a session for good",
+            {200: SessionAnswer},
+            session,
+            guard="session",
+        ),
+        Endpoint(
+            "DELETE",
+            "/api/sessions/{session_id}",
+            sessions.erase,
+            "Erase a session everywhere",
+            {204: None},
+            session,
+            guard="session",
+        ),
+        Endpoint("GET", "/api/agents", agents.list, "List agents", {200: AgentList}, (401, 503), guard="admin"),
+        Endpoint(
+            "GET",
+            "/api/agents/{agent_id}",
+            agents.show,
+            "Show an agent",
+            {200: AgentAnswer},
+            (401, 404, 503),
+            guard="admin",
+        ),
+        Endpoint(
+            "PUT",
+            "/api/agents/{agent_id}",
+            agents.put,
+            "Create an agent, or replace its definition",
+            {201: AgentAnswer, 200: AgentAnswer},
+            (*body, 401, 404, 409, 503),
+            body=AgentDefinition,
+            guard="admin",
+        ),
+        Endpoint(
+            "DELETE",
+            "/api/agents/{agent_id}",
+            agents.delete,
+            "Delete an agent",
+            {204: None},
+            (401, 404, 503),
+            guard="admin",
+        ),
+        Endpoint("GET", "/healthz", ops.alive, "Whether the process answers", {200: Alive}),
+        Endpoint("GET", "/readyz", ops.ready, "Whether the pod can serve", {200: Readiness, 503: Readiness}),
+        Endpoint("GET", "/metrics", ops.metrics, "Prometheus metrics", {200: str}, (503,)),
+        Endpoint("GET", "/widget.js", ops.widget, "The chat widget", {200: bytes, 304: None}),
+    ]
+
+
+def routes(table: Sequence[Endpoint]) -> list[Route]:
+    """Starlette's routes for the table: one per path, so that a wrong method is told from a wrong path."""
+    by_path: dict[str, dict[str, Handler]] = {}
+    for endpoint in table:
+        by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint.handler
+    return [Route(path, _by_method(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+
+
+def _by_method(handlers: dict[str, Handler]) -> Handler:
+    if len(handlers) == 1:
+        return next(iter(handlers.values()))
+
+    async def handle(request: Request) -> Response:
+        method = "GET" if request.method == "HEAD" else request.method
+        return await handlers[method](request)
+
+    return handle

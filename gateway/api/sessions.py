@@ -1,0 +1,347 @@
+"""`/api/sessions`: opening, reading, ending and erasing sessions; lists and totals for operators."""
+
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from datetime import datetime
+from secrets import token_urlsafe
+from typing import Annotated, Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from uuid_utils.compat import uuid7
+
+from gateway.agents import Agents
+from gateway.api.callers import Caller, Gatekeeper
+from gateway.api.chat import SessionId
+from gateway.api.rendering import answer, check_text, read_body, read_query
+from gateway.auth import SessionToken, SessionTokens
+from gateway.limits import AddressLimiter
+from gateway.problems import (
+    AgentInactive,
+    ChannelNotAllowed,
+    InvalidField,
+    RedisDown,
+    SessionNotFound,
+    TokenRequired,
+    UserTokenInvalid,
+)
+from gateway.turns import raise_refusal, session_of
+from persistence.history import History
+from persistence.hydrator import Hydrator
+from persistence.postgres import SessionFilter
+from persistence.records import Channel, Role, Session
+from persistence.sessions import Hot, NewSession, Opened, Refused, SessionStore
+
+OPEN_ATTEMPTS = 5
+
+
+class OpenBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """A session to open. Without `session_id` the gateway mints one, and its token is needed from then on."""
+
+    agent_id: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    session_id: SessionId | None = None
+    channel: Channel | None = None
+    user_token: str | None = None
+    metadata: dict[str, Any] = {}
+
+
+class OpenedSession(msgspec.Struct):
+    """An open session and the token that goes with it."""
+
+    session_id: str
+    session_token: str
+    agent_id: str
+    channel: str
+    status: str
+    started_at: str
+
+
+class SessionAnswer(msgspec.Struct):
+    """A session without its messages."""
+
+    session_id: str
+    agent_id: str
+    channel: str
+    status: str
+    user_id: str | None
+    website_domain: str | None
+    started_at: str
+    last_activity_at: str
+    ended_at: str | None
+    message_count: int
+    context: dict[str, Any]
+
+
+class ListedAnswer(SessionAnswer):
+    """A session in an operator's list; `live` when it is in Redis."""
+
+    id: str
+    ip_address: str | None
+    user_agent: str | None
+    live: bool
+
+
+class MessageView(msgspec.Struct, omit_defaults=True):
+    """A message of a transcript; `seq` is its number in the session, from 1."""
+
+    id: str
+    role: Role
+    content: str
+    created_at: str
+    seq: int
+    turn_id: str
+    message_id: str | None = None
+    audio_url: str | None = None
+    audio_duration_ms: int | None = None
+    tokens_used: int | None = None
+    latency_ms: int | None = None
+    model_used: str | None = None
+
+
+class MessagesAnswer(msgspec.Struct):
+    """A page of a transcript, oldest first. `next_before` is the `before` of the page that comes before it."""
+
+    messages: list[MessageView]
+    next_before: int | None
+
+
+class StatisticsAnswer(msgspec.Struct):
+    """Totals over an agent's sessions. `exact` is false while very many records wait to be stored."""
+
+    total_sessions: int
+    active_sessions: int
+    avg_messages_per_session: float
+    total_messages: int
+    exact: bool
+
+
+class ListAnswer(msgspec.Struct):
+    """Sessions by last activity, newest first; `next_cursor` is null on the last page."""
+
+    sessions: list[ListedAnswer]
+    next_cursor: str | None
+
+
+class MessagesQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """Which part of a transcript."""
+
+    before: Annotated[int, msgspec.Meta(ge=1, le=2_147_483_647)] | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=200)] = 50
+
+
+class StatisticsQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """Whose sessions: an agent's UUID or name; without it, everybody's."""
+
+    agent_id: str | None = None
+
+
+class ListQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """Which sessions."""
+
+    agent_id: str | None = None
+    status: str | None = None
+    website_domain: str | None = None
+    channel: Channel | None = None
+    cursor: str | None = None
+    limit: Annotated[int, msgspec.Meta(ge=1, le=200)] = 50
+
+
+class SessionsApi:
+    """The routes about sessions."""
+
+    def __init__(
+        self,
+        agents: Agents,
+        store: SessionStore,
+        hydrator: Hydrator,
+        history: History,
+        gatekeeper: Gatekeeper,
+        tokens: SessionTokens,
+        limiter: AddressLimiter | None,
+        *,
+        max_body_bytes: int,
+    ) -> None:
+        self._agents = agents
+        self._store = store
+        self._hydrator = hydrator
+        self._history = history
+        self._gatekeeper = gatekeeper
+        self._tokens = tokens
+        self._limiter = limiter
+        self._max_body_bytes = max_body_bytes
+        self._decoder = msgspec.json.Decoder(OpenBody)
+
+    async def open(self, request: Request) -> Response:
+        """POST /api/sessions"""
+        body = await read_body(request, self._decoder, self._max_body_bytes)
+        check_text(body.metadata, "metadata")
+        agent = await self._agents.load(body.agent_id)
+        definition = agent.definition
+        if not definition.active:
+            raise AgentInactive
+        if body.user_token is not None:
+            raise UserTokenInvalid("this agent has no key to verify user tokens with")
+        if body.channel and body.channel not in definition.channels:
+            raise ChannelNotAllowed(f"channel: {body.channel}", field="channel")
+        if body.session_id is not None and definition.require_token:
+            raise TokenRequired("this agent's session ids are minted by the gateway")
+        caller = Caller(request, body.metadata)
+        self._gatekeeper.require_domain(caller, agent)
+        session_id = body.session_id or f"gs_{token_urlsafe(24)}"
+        if self._limiter is not None:
+            self._limiter.admit(caller.ip_address)
+        new = NewSession(
+            id=str(uuid7()),
+            session_id=session_id,
+            agent_id=agent.id,
+            channel=body.channel or definition.channels[0],
+            website_domain=caller.website_domain,
+            user_id="",
+            ip_address=caller.ip_address,
+            user_agent=caller.user_agent,
+            metadata=body.metadata,
+            minted=body.session_id is None,
+            hot_ttl_s=definition.hot_ttl_s,
+        )
+        authorized = body.session_id is not None and self._gatekeeper.authorized(caller, session_id, agent.id)
+        opened = await self._open(new, authorized)
+        session = opened.session
+        return answer(
+            OpenedSession(
+                session_id=session.session_id,
+                session_token=self._tokens.mint(SessionToken(session.session_id, agent.id, session.website_domain)),
+                agent_id=session.agent_id,
+                channel=session.channel,
+                status=session.status,
+                started_at=session.started_at,
+            ),
+            201 if opened.created else 200,
+        )
+
+    async def _open(self, new: NewSession, authorized: bool) -> Opened:
+        ticket = 0
+        for _ in range(OPEN_ATTEMPTS):
+            outcome = await self._store.open(new, ticket=ticket, authorized=authorized)
+            if isinstance(outcome, Opened):
+                return outcome
+            if isinstance(outcome, Refused):
+                raise_refusal(outcome)
+            ticket = outcome.ticket
+            if await self._hydrator.hydrate(new.session_id, ticket):
+                ticket = 0
+        raise RedisDown("the session left Redis again and again", retry_after_s=1)
+
+    async def show(self, request: Request) -> Response:
+        """GET /api/sessions/{session_id}"""
+        session_id = _session_id(request)
+        found = await self._history.find_session(session_id, self._gatekeeper.access(request, session_id))
+        return answer(_view(session_of(found.session if isinstance(found, Hot) else _visible(found))))
+
+    async def messages(self, request: Request) -> Response:
+        """GET /api/sessions/{session_id}/messages"""
+        query = read_query(request, MessagesQuery)
+        session_id = _session_id(request)
+        access = self._gatekeeper.access(request, session_id)
+        page = await self._history.find_messages(session_id, access, query.before, query.limit)
+        if page is None or isinstance(page, Refused):
+            session_of(_visible(page))
+            raise SessionNotFound
+        views = [msgspec.convert(message, MessageView, from_attributes=True) for message in page.messages]
+        return answer(MessagesAnswer(views, page.next_before))
+
+    async def end(self, request: Request) -> Response:
+        """POST /api/sessions/{session_id}/end"""
+        session_id = _session_id(request)
+        access = self._gatekeeper.access(request, session_id)
+        ended = await self._hydrator.with_session(session_id, lambda: self._store.end(session_id, access))
+        return answer(_view(session_of(_visible(ended))))
+
+    async def erase(self, request: Request) -> Response:
+        """DELETE /api/sessions/{session_id}"""
+        session_id = _session_id(request)
+        access = self._gatekeeper.access(request, session_id)
+        erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
+        if not isinstance(erased, str):
+            session_of(_visible(erased))
+        return Response(status_code=204)
+
+    async def statistics(self, request: Request) -> Response:
+        """GET /api/sessions/stats"""
+        self._gatekeeper.require_admin(request)
+        query = read_query(request, StatisticsQuery)
+        agent = await self._agents.load(query.agent_id) if query.agent_id else None
+        totals = await self._history.load_statistics(agent.id if agent else None)
+        average = totals.messages / totals.total_sessions if totals.total_sessions else 0.0
+        return answer(
+            StatisticsAnswer(
+                total_sessions=totals.total_sessions,
+                active_sessions=totals.active_sessions,
+                avg_messages_per_session=round(average, 2),
+                total_messages=totals.messages,
+                exact=totals.exact,
+            )
+        )
+
+    async def list(self, request: Request) -> Response:
+        """GET /api/sessions"""
+        self._gatekeeper.require_admin(request)
+        query = read_query(request, ListQuery)
+        agent = await self._agents.load(query.agent_id) if query.agent_id else None
+        which = SessionFilter(agent.id if agent else None, query.status, query.website_domain, query.channel)
+        listed = await self._history.list_sessions(which, _decode_cursor(query.cursor), query.limit)
+        views = [
+            ListedAnswer(
+                **msgspec.structs.asdict(_view(one.session)),
+                id=one.session.id,
+                ip_address=one.session.ip_address or None,
+                user_agent=one.session.user_agent or None,
+                live=one.live,
+            )
+            for one in listed
+        ]
+        return answer(ListAnswer(views, _encode_cursor(listed[-1].position) if len(listed) == query.limit else None))
+
+
+def _session_id(request: Request) -> str:
+    session_id: str = request.path_params["session_id"]
+    try:
+        return msgspec.convert(session_id, SessionId)
+    except msgspec.ValidationError as error:
+        # No session can have such an id.
+        raise SessionNotFound from error
+
+
+def _visible(found: Any) -> Any:
+    """An outcome in which an erased session does not exist."""
+    return None if isinstance(found, Refused) and found.reason == "erased" else found
+
+
+def _view(session: Session) -> SessionAnswer:
+    return SessionAnswer(
+        session_id=session.session_id,
+        agent_id=session.agent_id,
+        channel=session.channel,
+        status=session.status,
+        user_id=session.user_id or None,
+        website_domain=session.website_domain or None,
+        started_at=session.started_at,
+        last_activity_at=session.last_activity_at,
+        ended_at=session.ended_at or None,
+        message_count=session.message_count,
+        context=session.context,
+    )
+
+
+def _encode_cursor(position: tuple[str, str]) -> str:
+    return urlsafe_b64encode("\n".join(position).encode()).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str | None) -> tuple[str, str] | None:
+    if cursor is None:
+        return None
+    try:
+        activity, session_id = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().split("\n")
+        datetime.fromisoformat(activity)
+    except ValueError as error:
+        raise InvalidField("cursor: not one of this server's", field="cursor") from error
+    return activity, session_id

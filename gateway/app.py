@@ -1,0 +1,218 @@
+"""The composition root: builds every object of a pod and of a worker, and hands them to each other."""
+
+import asyncio
+import os
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import msgspec
+import structlog
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from gateway.agents import Agents
+from gateway.api.agents import AgentsApi
+from gateway.api.callers import Gatekeeper
+from gateway.api.chat import ChatApi
+from gateway.api.ops import OpsApi
+from gateway.api.rendering import on_http_exception, on_persistence_error, on_problem, on_unexpected
+from gateway.api.routes import endpoints, routes
+from gateway.api.sessions import SessionsApi
+from gateway.auth import SessionTokens
+from gateway.limits import AddressLimiter
+from gateway.metrics import Metrics
+from gateway.openapi import openapi_document
+from gateway.problems import Problem
+from gateway.runtime import AgentRuntime, Graphs, load_graphs
+from gateway.settings import Settings
+from gateway.turns import Turns
+from persistence.agents import AgentCopies
+from persistence.connection import Client, call, check_server, connect
+from persistence.errors import PersistenceError, PostgresUnavailable
+from persistence.history import History
+from persistence.housekeeping import Housekeeping
+from persistence.hydrator import Hydrator
+from persistence.keys import Keys
+from persistence.limits import Limits
+from persistence.migrate import load_migrations
+from persistence.outbox import Outbox
+from persistence.postgres import Postgres
+from persistence.scripts import Scripts
+from persistence.sessions import SessionStore
+from persistence.worker import Worker
+
+log = structlog.get_logger()
+
+
+class Stores:
+    """What pods and workers have in common: Redis, Postgres, and what lies directly on them."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.keys = Keys(settings.key_prefix, settings.partition_count)
+        self.client: Client = connect(settings.redis_url)
+        self.scripts = Scripts(self.client)
+        self.sessions = SessionStore(
+            self.scripts, self.keys, lease_ms=int(settings.lease_s * 1000), max_backlog=settings.max_backlog
+        )
+        self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
+        self.agent_copies = AgentCopies(self.client, self.keys)
+        self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
+        self.agents = Agents(self.agent_copies, self.postgres)
+        name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+        self.outbox = Outbox(self.client, self.scripts, self.keys, name)
+
+    async def check(self) -> None:
+        """Refuses a Redis on which the promises would not hold. Raises PersistenceError."""
+        await check_server(self.client, self.keys)
+        await self.outbox.create_groups()
+
+    async def copy_agents(self) -> None:
+        """Brings the copies of all agents up to date, if Postgres is there to ask."""
+        try:
+            for agent in await self.agents.list():
+                await self.agent_copies.put(agent)
+        except PostgresUnavailable as error:
+            log.warning("agents.not_copied", error=str(error))
+
+    async def close(self) -> None:
+        await self.postgres.close()
+        await self.client.aclose()
+
+
+class Pod:
+    """One pod: the ASGI application and the parts of it that others use."""
+
+    def __init__(self, settings: Settings, stores: Stores, graphs: Graphs, extra_routes: Sequence[BaseRoute] = ()) -> None:
+        self.settings = settings
+        self.stores = stores
+        self.metrics = Metrics()
+        self.turns = Turns(stores.sessions, stores.hydrator, graphs.run, self.metrics, queue_wait_s=settings.queue_wait_s)
+        self.runtime = AgentRuntime(stores.agents, self.turns)
+        limit = settings.address_limit
+        self.limiter = AddressLimiter(Limits(stores.scripts, stores.keys), *limit) if limit else None
+        self.draining = False
+        self.app = self._build(graphs, extra_routes)
+
+    def _build(self, graphs: Graphs, extra_routes: Sequence[BaseRoute]) -> Starlette:
+        settings, stores = self.settings, self.stores
+        keys = [key for key in (settings.secret_key, settings.secret_key_previous) if key]
+        tokens = SessionTokens(keys, settings.token_ttl_s)
+        gatekeeper = Gatekeeper(tokens, settings.admin_key)
+        history = History(stores.client, stores.keys, stores.sessions, stores.postgres, stores.hydrator, stores.outbox)
+        max_body_bytes = settings.max_body_bytes
+        table = endpoints(
+            ChatApi(
+                stores.agents,
+                self.runtime,
+                gatekeeper,
+                self.limiter,
+                max_body_bytes=max_body_bytes,
+                max_message_chars=settings.max_message_chars,
+            ),
+            SessionsApi(
+                stores.agents,
+                stores.sessions,
+                stores.hydrator,
+                history,
+                gatekeeper,
+                tokens,
+                self.limiter,
+                max_body_bytes=max_body_bytes,
+            ),
+            AgentsApi(stores.agents, graphs, gatekeeper, max_body_bytes=max_body_bytes),
+            OpsApi(
+                partial(call, stores.client.ping),
+                stores.postgres.migrated_to,
+                lambda: self.draining,
+                stores.outbox,
+                stores.scripts,
+                self.metrics,
+            ),
+        )
+        document = msgspec.json.encode(openapi_document(table, _version()))
+
+        async def openapi(request: Request) -> Response:
+            return Response(document, media_type="application/json")
+
+        return Starlette(
+            routes=[*routes(table), Route("/openapi.json", openapi), *extra_routes],
+            middleware=[
+                # Websites call from anywhere; no cookie is ever read, and who may use an agent its allowed_domains say.
+                Middleware(
+                    CORSMiddleware,
+                    allow_origins=["*"],
+                    allow_methods=["GET", "POST", "DELETE"],
+                    allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
+                    expose_headers=["Retry-After"],
+                    max_age=600,
+                )
+            ],
+            exception_handlers={
+                Problem: on_problem,
+                PersistenceError: on_persistence_error,
+                HTTPException: on_http_exception,
+                Exception: on_unexpected,
+            },
+            lifespan=self._lifespan,
+        )
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        limiting = asyncio.create_task(self.limiter.run()) if self.limiter else None
+        await self.stores.copy_agents()
+        log.info("pod.started", partitions=self.stores.keys.partitions)
+        yield
+        await self.turns.drain(self.settings.drain_s)
+        if limiting is not None:
+            limiting.cancel()
+        log.info("pod.stopped")
+
+
+async def build_pod(settings: Settings, stores: Stores, extra_routes: Sequence[BaseRoute] = ()) -> Pod:
+    """A pod, after everything that can stop its start has been checked. Raises PersistenceError or GraphError."""
+    graphs = await load_graphs(Path(settings.graphs).absolute() if settings.graphs else None)
+    await stores.check()
+    return Pod(settings, stores, graphs, extra_routes)
+
+
+async def build_worker(settings: Settings, stores: Stores) -> Worker:
+    """A worker, after everything that can stop its start has been checked. Raises PersistenceError."""
+    await stores.check()
+    housekeeping = Housekeeping(
+        stores.client,
+        stores.scripts,
+        stores.keys,
+        stores.sessions,
+        stores.postgres,
+        stores.hydrator,
+        session_timeout_s=settings.session_timeout_s,
+    )
+    return Worker(stores.outbox, stores.postgres, housekeeping)
+
+
+async def warn_if_not_migrated(postgres: Postgres) -> None:
+    """Says so when the database lacks migrations: the worker waits for them, chat goes on."""
+    expected = len(load_migrations())
+    try:
+        found = await postgres.migrated_to()
+    except PostgresUnavailable as error:
+        log.warning("postgres.unavailable", error=str(error))
+        return
+    if found != expected:
+        log.warning("postgres.not_migrated", found=found, expected=expected, remedy="python -m gateway migrate")
+
+
+def _version() -> str:
+    try:
+        return version("session-gateway")
+    except PackageNotFoundError:
+        return "0"

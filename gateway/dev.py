@@ -1,0 +1,196 @@
+"""The development server: a real Redis, a real PostgreSQL, the gateway and a worker, started and stopped together."""
+
+import asyncio
+import json
+import os
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from time import time
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.api.rendering import answer
+from gateway.app import Pod, Stores, build_pod, build_worker
+from gateway.servers import PostgresServer, RedisServer, ServerError, free_port, port_is_free
+from gateway.settings import Settings, load_settings
+from persistence.agents import AgentDefinition
+from persistence.connection import call
+from persistence.errors import PostgresUnavailable
+from persistence.migrate import load_migrations, migrate
+from persistence.worker import Worker
+
+REDIS_PORT = 6390
+POSTGRES_PORT = 5490
+DRAIN_S = 10.0
+
+
+class DevOptions(msgspec.Struct, frozen=True):
+    """What the command line says."""
+
+    port: int
+    data: Path
+    worker: bool
+
+
+async def run_dev(options: DevOptions, environment: Mapping[str, str], serve: Callable[[Pod], Awaitable[None]]) -> None:
+    """Runs everything until SIGINT or SIGTERM. Raises ServerError, SettingsError or PersistenceError."""
+    if not port_is_free(options.port):
+        raise ServerError(f"port {options.port} is in use: choose another with --port")
+    async with AsyncExitStack() as stack:
+        options.data.mkdir(parents=True, exist_ok=True)
+        variables = {name: value for name, value in environment.items() if name.startswith("GATEWAY_")}
+        shown: dict[str, str] = {}
+        if not variables.get("GATEWAY_REDIS_URL"):
+            redis = RedisServer(options.data / "redis", _port(REDIS_PORT))
+            await asyncio.to_thread(redis.start)
+            stack.callback(redis.stop)
+            variables["GATEWAY_REDIS_URL"] = redis.url
+            shown["redis"] = f"{_redis_cli()} -p {redis.port}"
+        if not variables.get("GATEWAY_DATABASE_URL"):
+            postgres = PostgresServer(options.data / "postgres", _port(POSTGRES_PORT), database="gateway")
+            await asyncio.to_thread(postgres.start)
+            stack.callback(postgres.stop)
+            variables["GATEWAY_DATABASE_URL"] = postgres.url
+            psql = "psql" if shutil.which("psql") else shlex.quote(_shown_path(postgres.psql))
+            shown["postgres"] = f"{psql} {postgres.url}"
+        settings = _settings(options, variables)
+        stores = Stores(settings)
+        stack.push_async_callback(stores.close)
+        await _migrate(stores)
+        pod = await build_pod(settings, stores, [Route("/", _demo_page), Route("/dev/session", Behind(stores).show)])
+        await stores.agents.put("demo", AgentDefinition(graph="echo"))
+        if options.worker:
+            worker = await build_worker(settings, stores)
+            await stack.enter_async_context(_working(worker))
+        _print_summary(options, settings, shown)
+        await serve(pod)
+        print("stopping", file=sys.stderr)
+
+
+def _port(preferred: int) -> int:
+    return preferred if port_is_free(preferred) else free_port()
+
+
+def _redis_cli() -> str:
+    return next((name for name in ("redis-cli", "valkey-cli") if shutil.which(name)), "redis-cli")
+
+
+def _shown_path(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _settings(options: DevOptions, variables: dict[str, str]) -> Settings:
+    """The settings, with keys of the data folder's own, so that tokens survive a restart."""
+    file = options.data / "keys.json"
+    if not file.exists():
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as out:
+            json.dump({"SECRET_KEY": secrets.token_urlsafe(32), "ADMIN_KEY": secrets.token_urlsafe(16)}, out)
+    for name, value in json.loads(file.read_text()).items():
+        variables.setdefault(f"GATEWAY_{name}", value)
+    return load_settings({**variables, "GATEWAY_PORT": str(options.port)})
+
+
+async def _migrate(stores: Stores) -> None:
+    deadline = time() + 10
+    while True:
+        try:
+            await migrate(stores.postgres, load_migrations())
+            return
+        except PostgresUnavailable:
+            if time() > deadline:
+                raise
+            await asyncio.sleep(0.2)
+
+
+@asynccontextmanager
+async def _working(worker: Worker) -> AsyncIterator[None]:
+    """The worker runs beside the pod, and flushes what is left when the pod has stopped."""
+    task = asyncio.create_task(worker.run())
+    yield
+    worker.stop()
+    await task
+    await worker.drain(DRAIN_S)
+
+
+def _print_summary(options: DevOptions, settings: Settings, shown: Mapping[str, str]) -> None:
+    url = f"http://127.0.0.1:{options.port}"
+    session_id = f"session_{int(time() * 1000)}_{secrets.token_hex(6)}"
+    key = f"{settings.key_prefix}:{{0}}:session:{session_id}"
+    body = json.dumps({"message": "Hello", "session_id": session_id, "metadata": {"website_domain": "127.0.0.1"}})
+    lines = [
+        "",
+        f"  gateway    {url}   (demo page, agent `demo` on the graph `echo`)",
+        f"  admin key  {settings.admin_key}",
+        f"  data       {options.data}",
+        "",
+        "  say hello:",
+        f"    curl -s {url}/api/chat/demo/message -H 'Content-Type: application/json' -d '{body}'",
+    ]
+    if "redis" in shown:
+        lines += ["  look at that session in Redis:", f"    {shown['redis']} HGETALL '{key}'"]
+        if not shutil.which(shown["redis"].split()[0]):
+            lines += ["    (redis-cli is not installed: Debian's package is redis-tools)"]
+    if "postgres" in shown:
+        query = "SELECT role, content FROM agent_messages ORDER BY created_at DESC LIMIT 10"
+        lines += ["  and in Postgres:", f"    {shown['postgres']} -c '{query}'"]
+    if not options.worker:
+        lines += ["", "  the worker is left out: nothing reaches Postgres, and no session gets a TTL"]
+    lines += ["", "  Ctrl-C stops all of it.", ""]
+    print("\n".join(lines), flush=True)
+
+
+async def _demo_page(request: Request) -> Response:
+    return Response((files("gateway") / "widget" / "demo.html").read_bytes(), media_type="text/html")
+
+
+class Behind:
+    """What the demo page shows of a session: its hash, its TTL, the outbox, its rows."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+
+    async def show(self, request: Request) -> Response:
+        """GET /dev/session"""
+        stores, session_id = self._stores, request.query_params.get("session_id", "")
+        key = stores.keys.session(session_id)
+        began = time()
+        found: dict[bytes, bytes] = await call(lambda: stores.client.execute_command("HGETALL", key))
+        ttl_s = await call(lambda: stores.client.execute_command("TTL", key))
+        redis_ms = round((time() - began) * 1000, 2)
+        backlog = await stores.outbox.backlog(int(time() * 1000))
+        rows: list[dict[str, Any]] | None = None
+        try:
+            stored = await stores.postgres.find_session(session_id)
+            if stored:
+                messages = await stores.postgres.load_messages(stored.id, 2**31 - 1, 50)
+                rows = [
+                    {"role": one.role, "content": one.content, "seq": one.seq, "created_at": one.created_at}
+                    for one in messages
+                ]
+        except PostgresUnavailable:
+            rows = None
+        if not found and not rows:
+            return Response(status_code=404)
+        return answer(
+            {
+                "key": key,
+                "ttl_s": ttl_s if ttl_s >= 0 else None,
+                "hash": {name.decode(): value.decode(errors="replace") for name, value in sorted(found.items())},
+                "outbox": backlog.records,
+                "rows": rows,
+                "redis_ms": redis_ms,
+            }
+        )

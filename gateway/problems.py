@@ -1,0 +1,164 @@
+"""Every error a client can meet: code, status and title are stated here and nowhere else.
+
+Rendered as `application/problem+json` (RFC 9457) by one handler, in `api/rendering.py`.
+"""
+
+from persistence.errors import Damaged, DataRefused, PersistenceError, PostgresUnavailable, RedisUnavailable
+
+
+class Problem(Exception):
+    """Something went wrong in the gateway."""
+
+    status = 500
+    code = "internal_error"
+    title = "Something went wrong in the gateway"
+    retryable = False
+
+    def __init__(self, detail: str = "", *, retry_after_s: float | None = None, field: str | None = None) -> None:
+        super().__init__(detail or self.title)
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.field = field
+
+
+class InvalidJson(Problem):
+    status, code, title = 400, "invalid_json", "The body is not JSON in UTF-8"
+
+
+class InvalidField(Problem):
+    status, code, title = 422, "invalid_field", "A field is missing or wrong"
+
+
+class BodyTooLarge(Problem):
+    status, code, title = 413, "body_too_large", "The body is too large"
+
+
+class UnsupportedMediaType(Problem):
+    status, code, title = 415, "unsupported_media_type", "The body's media type is not application/json"
+
+
+class NotFound(Problem):
+    status, code, title = 404, "not_found", "There is nothing at this address"
+
+
+class MethodNotAllowed(Problem):
+    status, code, title = 405, "method_not_allowed", "This address does not know that method"
+
+
+class AgentNotFound(Problem):
+    status, code, title = 404, "agent_not_found", "There is no such agent"
+
+
+class SessionNotFound(Problem):
+    status, code, title = 404, "session_not_found", "There is no such session"
+
+
+class TokenRequired(Problem):
+    status, code, title = 401, "session_token_required", "This session needs its token"
+
+
+class TokenInvalid(Problem):
+    status, code, title = 401, "session_token_invalid", "The session token is not valid for this session"
+
+
+class UserTokenInvalid(Problem):
+    status, code, title = 401, "user_token_invalid", "The user token cannot be verified"
+
+
+class AdminKeyRequired(Problem):
+    status, code, title = 401, "admin_key_required", "This call needs the admin key"
+
+
+class DomainNotAllowed(Problem):
+    status, code, title = 403, "domain_not_allowed", "This website may not use the agent"
+
+
+class ChannelNotAllowed(Problem):
+    status, code, title = 403, "channel_not_allowed", "The agent does not answer on this channel"
+
+
+class AgentInactive(Problem):
+    status, code, title = 403, "agent_inactive", "The agent is switched off"
+
+
+class SessionEnded(Problem):
+    status, code, title = 410, "session_ended", "The session has ended"
+
+
+class SessionErased(Problem):
+    status, code, title = 410, "session_erased", "The session has been erased"
+
+
+class TurnInProgress(Problem):
+    status, code, title, retryable = 409, "turn_in_progress", "Another message is being answered", True
+
+
+class TurnSuperseded(Problem):
+    status, code, title, retryable = 409, "turn_superseded", "The session was taken over before the answer was stored", True
+
+
+class NameTaken(Problem):
+    status, code, title = 409, "name_taken", "Another agent has this name"
+
+
+class MessageIdReused(Problem):
+    status, code, title = 422, "message_id_reused", "This message_id was used for another message"
+
+
+class RateLimited(Problem):
+    status, code, title, retryable = 429, "rate_limited", "Too many messages", True
+
+
+class QueueFull(Problem):
+    status, code, title, retryable = 429, "queue_full", "Too many messages wait for this session", True
+
+
+class GraphFailed(Problem):
+    status, code, title, retryable = 502, "graph_failed", "The agent failed", True
+
+
+class GraphInvalidOutput(Problem):
+    status, code, title = 502, "graph_invalid_output", "The agent gave no usable answer"
+
+
+class TurnTimeout(Problem):
+    status, code, title, retryable = 504, "turn_timeout", "The agent took too long", True
+
+
+class GraphNotConfigured(Problem):
+    status, code, title = 503, "graph_not_configured", "The agent's graph is not configured on this server"
+
+
+class RedisDown(Problem):
+    status, code, title, retryable = 503, "redis_unavailable", "Sessions cannot be reached just now", True
+
+
+class PostgresDown(Problem):
+    status, code, title, retryable = 503, "postgres_unavailable", "Stored sessions cannot be reached just now", True
+
+
+class BacklogFull(Problem):
+    status, code, title, retryable = 503, "backlog_full", "Too much waits to be stored", True
+
+
+class Draining(Problem):
+    status, code, title, retryable = 503, "draining", "This server is shutting down", True
+
+
+class SessionDamaged(Problem):
+    status, code, title = 500, "session_damaged", "The stored session cannot be read"
+
+
+def problem_of(error: PersistenceError) -> Problem:
+    """What a failure of the stores is to a client. Its text stays in the log: it may name what is stored."""
+    match error:
+        case RedisUnavailable():
+            return RedisDown(retry_after_s=1)
+        case PostgresUnavailable():
+            return PostgresDown(retry_after_s=2)
+        case Damaged():
+            return SessionDamaged()
+        case DataRefused():
+            return InvalidField("Postgres cannot store this")
+        case _:
+            return Problem()

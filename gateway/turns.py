@@ -1,0 +1,482 @@
+"""A turn, from begin to commit: the only home of its states.
+
+    waiting ──▶ running ──▶ committed
+       │           │
+       └───────────┴──────▶ aborted: the session is as it was before
+
+A turn belongs to the application, not to the request that asked for it: a visitor who closes the tab ends no turn.
+"""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from time import monotonic
+from typing import Any, NoReturn, Protocol
+
+import msgspec
+import structlog
+from uuid_utils.compat import uuid7
+
+from gateway.metrics import Metrics
+from gateway.problems import (
+    BacklogFull,
+    ChannelNotAllowed,
+    Draining,
+    GraphFailed,
+    MessageIdReused,
+    Problem,
+    QueueFull,
+    RateLimited,
+    RedisDown,
+    SessionEnded,
+    SessionErased,
+    SessionNotFound,
+    TokenRequired,
+    TurnInProgress,
+    TurnSuperseded,
+    TurnTimeout,
+    problem_of,
+)
+from persistence.agents import Agent
+from persistence.errors import PersistenceError, RedisUnavailable
+from persistence.records import Channel, Message, Session, Turn, encode_object, iso
+from persistence.sessions import (
+    Absent,
+    Access,
+    Begun,
+    Busy,
+    IfBusy,
+    NewSession,
+    Queued,
+    Refused,
+    Replay,
+    SessionStore,
+    TurnPolicy,
+)
+
+log = structlog.get_logger()
+
+HYDRATE_ATTEMPTS = 5
+ASK_AGAIN_S = (0.02, 0.25)
+COMMIT_TRIES = 3
+MAX_INT = 2**31 - 1
+
+
+class TurnRequest(msgspec.Struct, kw_only=True):
+    """A visitor's message and what is known of its sender. `authorized` when the session's token came with it."""
+
+    session_id: str
+    message: str
+    metadata: dict[str, Any] = {}
+    message_id: str = ""
+    channel: Channel | None = None
+    audio_url: str | None = None
+    audio_duration_ms: int | None = None
+    if_busy: IfBusy | None = None
+    website_domain: str = ""
+    authorized: bool = False
+    ip_address: str = ""
+    user_agent: str = ""
+
+
+class TurnResult(msgspec.Struct):
+    """The answer, as the client gets it."""
+
+    response: str
+    metadata: dict[str, Any]
+
+
+class GraphInput(msgspec.Struct):
+    """What a graph is given: the history, oldest first, and the new message with its UUID."""
+
+    history: list[Message]
+    user_input: str
+    message_uuid: str
+    context: dict[str, Any]
+    metadata: dict[str, Any]
+    session_id: str
+    channel: str
+
+
+class GraphOutput(msgspec.Struct):
+    """What a graph gave back. `context` is None when it is to stay as it is."""
+
+    response: str
+    context: dict[str, Any] | None
+    metadata: dict[str, Any]
+    tokens_used: int | None = None
+    model_used: str | None = None
+
+
+class Hydrates(Protocol):
+    """What turns need of whoever can read Postgres."""
+
+    async def hydrate(self, session_id: str, ticket: int) -> bool: ...
+
+
+RunGraph = Callable[[Agent, GraphInput], Awaitable[GraphOutput]]
+
+
+class Turns:
+    """Runs turns. `queue_wait_s` is how long a message waits for the turns before it."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        hydrator: Hydrates,
+        run_graph: RunGraph,
+        metrics: Metrics,
+        *,
+        queue_wait_s: float = 30.0,
+    ) -> None:
+        self._store = store
+        self._hydrator = hydrator
+        self._run_graph = run_graph
+        self._metrics = metrics
+        self._queue_wait_s = queue_wait_s
+        self._running: set[asyncio.Task[TurnResult]] = set()
+        self._draining = False
+
+    async def execute(self, agent: Agent, request: TurnRequest) -> TurnResult:
+        """Answers one message. Raises a Problem; cancelling the caller does not cancel the turn."""
+        if self._draining:
+            raise Draining(retry_after_s=1)
+        task = asyncio.create_task(self._execute(agent, request))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        task.add_done_callback(_retrieve)
+        return await asyncio.shield(task)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Takes no new turns, gives the running ones time to end, then aborts them."""
+        self._draining = True
+        if self._running:
+            log.info("turns.draining", running=len(self._running))
+            await asyncio.wait(self._running, timeout=timeout_s)
+        left = list(self._running)
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
+    async def _execute(self, agent: Agent, request: TurnRequest) -> TurnResult:
+        started = monotonic()
+        turn = _Running(str(uuid7()), agent, request)
+        self._metrics.running.inc()
+        outcome = "failed"
+        try:
+            result = await self._answer(turn)
+            outcome = "replayed" if result.metadata["replayed"] else "completed"
+        except Problem as problem:
+            outcome = problem.code
+            raise
+        except PersistenceError as error:
+            translated = problem_of(error)
+            outcome = translated.code
+            raise translated from error
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            duration_s = monotonic() - started
+            self._metrics.running.dec()
+            self._metrics.turns.labels(outcome).inc()
+            if outcome == "completed":
+                self._metrics.turn_seconds.observe(duration_s)
+                self._metrics.graph_seconds.observe(turn.graph_s)
+            log.info(
+                "turn.completed" if outcome in ("completed", "replayed") else "turn.failed",
+                outcome=outcome,
+                agent=agent.name,
+                session=turn.session_uuid,
+                turn_id=turn.id,
+                number=turn.number,
+                duration_ms=round(duration_s * 1000, 1),
+                graph_ms=round(turn.graph_s * 1000, 1),
+            )
+        return result
+
+    async def _answer(self, turn: "_Running") -> TurnResult:
+        if turn.request.channel and turn.request.channel not in turn.agent.definition.channels:
+            raise ChannelNotAllowed(f"channel: {turn.request.channel}", field="channel")
+        try:
+            begun = await self._begin(turn)
+            if isinstance(begun, Replay):
+                return _replayed(begun, turn.request)
+            return await self._run(turn, begun)
+        except BaseException:
+            if not turn.settled:
+                await self._abort(turn)
+            raise
+
+    async def _begin(self, turn: "_Running") -> Begun | Replay:
+        """Takes the session, creating, hydrating or waiting for it as need be."""
+        request = turn.request
+        deadline = monotonic() + self._queue_wait_s
+        absences, waited = 0, False
+        while True:
+            outcome = await self._store.begin(
+                request.session_id, turn.id, turn.access, turn.policy, message_id=request.message_id
+            )
+            match outcome:
+                case Begun() | Replay():
+                    turn.settled = isinstance(outcome, Replay)
+                    return outcome
+                case Absent(ticket):
+                    absences += 1
+                    if absences > HYDRATE_ATTEMPTS:
+                        raise RedisDown("the session left Redis again and again", retry_after_s=1)
+                    if not await self._hydrator.hydrate(request.session_id, ticket):
+                        await self._create(turn, ticket)
+                case Refused():
+                    turn.settled = not waited
+                    raise_refusal(outcome)
+                case Busy(lease_left_ms, same_message) if not same_message or request.if_busy == "reject":
+                    turn.settled = True
+                    raise TurnInProgress(retry_after_s=max(1.0, lease_left_ms / 1000))
+                case Busy() | Queued():
+                    waited = True
+                    if monotonic() > deadline:
+                        raise TurnInProgress("the turns before it took too long", retry_after_s=1)
+                    await asyncio.sleep(random.uniform(*ASK_AGAIN_S) / 2)  # noqa: S311
+
+    async def _create(self, turn: "_Running", ticket: int) -> None:
+        """Creates the session that its first message names; a stale ticket leaves it to the next begin."""
+        definition, request = turn.agent.definition, turn.request
+        if definition.require_token:
+            raise SessionNotFound
+        new = NewSession(
+            id=str(uuid7()),
+            session_id=request.session_id,
+            agent_id=turn.agent.id,
+            channel=request.channel or definition.channels[0],
+            website_domain=request.website_domain,
+            user_id="",
+            ip_address=request.ip_address,
+            user_agent=request.user_agent,
+            metadata=request.metadata,
+            minted=False,
+            hot_ttl_s=definition.hot_ttl_s,
+        )
+        opened = await self._store.open(new, ticket=ticket)
+        if isinstance(opened, Refused):
+            turn.settled = True
+            raise_refusal(opened)
+
+    async def _run(self, turn: "_Running", begun: Begun) -> TurnResult:
+        """Runs the graph under the lease and commits what it answers."""
+        session, request, definition = begun.session, turn.request, turn.agent.definition
+        started = monotonic()
+        turn.session_uuid, turn.number = session.id, session.turns + 1
+        history = [message for past in begun.turns for message in past.messages]
+        channel = request.channel or session.channel
+        graph_input = GraphInput(
+            history=history[-definition.history_window :] if definition.history_window else [],
+            user_input=request.message,
+            message_uuid=str(uuid7()),
+            context=session.context,
+            metadata=request.metadata,
+            session_id=request.session_id,
+            channel=channel,
+        )
+        output = await self._run_leased(turn, begun.fence, graph_input)
+        turn.graph_s = monotonic() - started
+        output = _storable(output)
+        latency_ms = round(turn.graph_s * 1000)
+        seq = session.message_count + 1
+        stored = Turn(
+            id=turn.id,
+            message_id=request.message_id or None,
+            seq=seq,
+            messages=[
+                Message(
+                    id=graph_input.message_uuid,
+                    role="user",
+                    content=request.message,
+                    created_at=iso(begun.now_ms),
+                    audio_url=request.audio_url,
+                    audio_duration_ms=request.audio_duration_ms,
+                    metadata=request.metadata or None,
+                ),
+                Message(
+                    id=str(uuid7()),
+                    role="assistant",
+                    content=output.response,
+                    # Redis' clock plus what has passed since: one clock for all timestamps.
+                    created_at=iso(begun.now_ms + latency_ms),
+                    tokens_used=output.tokens_used,
+                    latency_ms=latency_ms,
+                    model_used=output.model_used,
+                ),
+            ],
+            metadata=output.metadata,
+        )
+        await self._commit(turn, begun.fence, stored, output.context)
+        return _result(request.session_id, stored, replayed=False)
+
+    async def _run_leased(self, turn: "_Running", fence: int, graph_input: GraphInput) -> GraphOutput:
+        """Runs the graph; renews the lease meanwhile; ends it when it takes too long or the lease is lost."""
+        limit_s = turn.agent.definition.turn_timeout_s
+        session_id, lease_s = turn.request.session_id, self._store.lease_ms / 1000
+        graph = asyncio.ensure_future(self._run_graph(turn.agent, graph_input))
+        graph.add_done_callback(_retrieve)
+        renewing: asyncio.Task[None] | None = None
+
+        async def renew() -> None:
+            while not graph.done():
+                try:
+                    if not await self._store.renew(session_id, turn.id, fence):
+                        turn.settled = True
+                        graph.cancel()
+                        return
+                except RedisUnavailable as error:
+                    # The lease may outlive the fault; if it does not, the fence keeps the commit out.
+                    log.warning("turn.renew_failed", turn_id=turn.id, error=str(error))
+                await asyncio.sleep(lease_s / 3)
+
+        def start_renewing() -> None:
+            nonlocal renewing
+            renewing = asyncio.create_task(renew())
+
+        # Most turns end before their lease needs renewing: a timer is cheaper than a task.
+        timer = asyncio.get_running_loop().call_later(lease_s / 3, start_renewing)
+        try:
+            # Not awaited directly: a graph that swallows its cancellation must not outlast the limit.
+            await asyncio.wait({graph}, timeout=limit_s)
+            if not graph.done():
+                raise TurnTimeout(f"no answer in {limit_s:g} s")
+            if graph.cancelled():
+                raise TurnSuperseded if turn.settled else GraphFailed
+            return graph.result()
+        finally:
+            graph.cancel()
+            timer.cancel()
+            if renewing is not None:
+                renewing.cancel()
+
+    async def _commit(self, turn: "_Running", fence: int, stored: Turn, context: dict[str, Any] | None) -> None:
+        encoded = "" if context is None else encode_object(context)
+        for attempt in range(1, COMMIT_TRIES + 1):
+            try:
+                committed = await self._store.commit(
+                    turn.request.session_id, turn.id, fence, turn.number, stored, turn.policy, encoded
+                )
+            except RedisUnavailable:
+                # An answer has been paid for, and committing twice adds nothing.
+                if attempt == COMMIT_TRIES:
+                    raise
+                continue
+            turn.settled = True
+            if committed is None:
+                raise TurnSuperseded
+            return
+
+    async def _abort(self, turn: "_Running") -> None:
+        try:
+            await asyncio.shield(self._store.abort(turn.request.session_id, turn.id))
+        except RedisUnavailable as error:
+            # The lease ends it; until then the session is busy.
+            log.warning("turn.abort_failed", turn_id=turn.id, error=str(error))
+
+
+def _retrieve(task: "asyncio.Future[Any]") -> None:
+    """Takes note of how a task ended that nobody may be waiting for any more; it has logged its own end."""
+    if not task.cancelled():
+        task.exception()
+
+
+class _Running:
+    """A turn on its way. `settled` once it holds nothing in Redis that would have to be let go."""
+
+    __slots__ = ("access", "agent", "graph_s", "id", "number", "policy", "request", "session_uuid", "settled")
+
+    def __init__(self, turn_id: str, agent: Agent, request: TurnRequest) -> None:
+        self.id = turn_id
+        self.agent = agent
+        self.request = request
+        self.access = Access(agent.id, request.website_domain, request.authorized)
+        self.policy: TurnPolicy = agent.definition.policy
+        if request.if_busy:
+            self.policy = msgspec.structs.replace(self.policy, if_busy=request.if_busy)
+        self.session_uuid = ""
+        self.number = 0
+        self.graph_s = 0.0
+        self.settled = False
+
+
+def raise_refusal(refused: Refused) -> NoReturn:
+    """Raises the Problem that a refusal of the Redis layer is to a client."""
+    retry_after_s = refused.retry_after_ms / 1000
+    match refused.reason:
+        case "ended":
+            raise SessionEnded
+        case "erased":
+            raise SessionErased
+        case "foreign":
+            # From elsewhere it does not exist.
+            raise SessionNotFound
+        case "unauthorized":
+            raise TokenRequired
+        case "backlog_full":
+            raise BacklogFull(retry_after_s=5)
+        case "queue_full":
+            raise QueueFull(retry_after_s=2)
+        case "limited":
+            raise RateLimited("too many messages in this session", retry_after_s=retry_after_s)
+
+
+def session_of(found: Session | Refused | None) -> Session:
+    """The session of an outcome. Raises the Problem that stands for it otherwise."""
+    if found is None:
+        raise SessionNotFound
+    if isinstance(found, Refused):
+        raise_refusal(found)
+    return found
+
+
+def _replayed(replay: Replay, request: TurnRequest) -> TurnResult:
+    if replay.turn.messages[0].content != request.message:
+        raise MessageIdReused(field="message_id")
+    return _result(request.session_id, replay.turn, replayed=True)
+
+
+def _result(session_id: str, turn: Turn, *, replayed: bool) -> TurnResult:
+    answer = turn.messages[-1]
+    return TurnResult(
+        answer.content,
+        {
+            **turn.metadata,
+            "session_id": session_id,
+            "turn_id": turn.id,
+            "message_count": turn.seq + len(turn.messages) - 1,
+            "latency_ms": answer.latency_ms,
+            "replayed": replayed,
+        },
+    )
+
+
+def _storable(output: GraphOutput) -> GraphOutput:
+    """The output without what Postgres cannot store: NUL, lone surrogates, numbers and names beyond their columns."""
+    return GraphOutput(
+        response=storable_text(output.response),
+        context=None if output.context is None else _storable_value(output.context),
+        metadata=_storable_value(output.metadata),
+        tokens_used=None if output.tokens_used is None else min(max(output.tokens_used, 0), MAX_INT),
+        model_used=None if output.model_used is None else storable_text(output.model_used)[:100],
+    )
+
+
+def storable_text(text: str) -> str:
+    """Text with U+FFFD in place of NUL and lone surrogates."""
+    return text.replace("\0", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+
+
+def _storable_value(value: Any) -> Any:
+    match value:
+        case str():
+            return storable_text(value)
+        case dict():
+            return {storable_text(str(name)): _storable_value(item) for name, item in value.items()}
+        case list():
+            return [_storable_value(item) for item in value]
+        case _:
+            return value

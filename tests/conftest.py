@@ -1,0 +1,133 @@
+"""Real servers, started once; an empty Redis and empty tables for every test; the one rule checked after each."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from typing import Any
+
+import asyncpg
+import httpx
+import pytest
+
+from gateway.app import Pod, Stores, build_pod, build_worker
+from gateway.servers import PostgresServer, RedisServer, free_port
+from gateway.settings import Settings
+from persistence.agents import Agent, AgentDefinition
+from persistence.migrate import load_migrations, migrate
+from persistence.postgres import Postgres
+from persistence.worker import Worker
+from tests.support.rule import breaches
+from tests.support.serving import ADMIN_KEY, SECRET_KEY, served
+
+TABLES = "agents, agent_sessions, agent_messages, erased_sessions"
+
+
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    """A real Redis (or Valkey), AOF on."""
+    with RedisServer(tmp_path_factory.mktemp("redis"), free_port()) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
+    """A real PostgreSQL with a migrated database."""
+    with PostgresServer(tmp_path_factory.mktemp("postgres"), free_port(), database="gateway") as server:
+
+        async def prepare() -> None:
+            postgres = Postgres(server.url, timeout_s=30)
+            await migrate(postgres, load_migrations())
+            await postgres.close()
+
+        asyncio.run(prepare())
+        yield server
+
+
+@pytest.fixture
+def settings(redis_server: RedisServer, postgres_server: PostgresServer) -> Settings:
+    """Settings on the test servers. A test that wants others overrides this fixture or builds its own Stores."""
+    return Settings(
+        redis_url=redis_server.url,
+        database_url=postgres_server.url,
+        secret_key=SECRET_KEY,
+        admin_key=ADMIN_KEY,
+        address_rate_limit="off",
+        drain_s=5,
+    )
+
+
+@pytest.fixture
+async def empty(settings: Settings) -> None:
+    """Empties both stores before the test."""
+    stores = Stores(settings)
+    await stores.client.flushall()
+    await stores.close()
+    connection = await asyncpg.connect(settings.database_url)
+    await connection.execute(f"TRUNCATE {TABLES}")
+    await connection.close()
+
+
+@pytest.fixture
+async def stores(settings: Settings, empty: None) -> AsyncIterator[Stores]:
+    """Everything on the two stores; after the test the one rule is checked."""
+    stores = Stores(settings)
+    await stores.check()
+    yield stores
+    wrong = await breaches(stores.client, stores.keys)
+    await stores.close()
+    assert not wrong, "the one rule of the hot store: " + "; ".join(wrong)
+
+
+@pytest.fixture
+async def pod(settings: Settings, stores: Stores) -> Pod:
+    """A pod that is not served."""
+    return await build_pod(settings, stores)
+
+
+@pytest.fixture
+async def client(pod: Pod) -> AsyncIterator[httpx.AsyncClient]:
+    """An HTTP client of a served pod."""
+    async with AsyncExitStack() as stack:
+        yield await stack.enter_async_context(served(pod))
+
+
+@pytest.fixture
+async def worker(settings: Settings, stores: Stores) -> Worker:
+    """A worker that works when told to."""
+    return await build_worker(settings, stores)
+
+
+@pytest.fixture
+def flush(worker: Worker) -> Callable[[], Awaitable[None]]:
+    """Brings all that waits into Postgres."""
+
+    async def flush() -> None:
+        assert await worker.drain(10), "the outbox did not drain"
+
+    return flush
+
+
+@pytest.fixture
+async def rows(settings: Settings, empty: None) -> AsyncIterator[Callable[..., Awaitable[list[Any]]]]:
+    """Looks into Postgres directly: `await rows("SELECT ...", argument)`."""
+    connection = await asyncpg.connect(settings.database_url)
+
+    async def fetch(sql: str, *arguments: Any) -> list[Any]:
+        return list(await connection.fetch(sql, *arguments))
+
+    yield fetch
+    await connection.close()
+
+
+PutAgent = Callable[..., Awaitable[Agent]]
+
+
+@pytest.fixture
+def put_agent(stores: Stores) -> PutAgent:
+    """Makes an agent: `await put_agent("shop", config={...})`; on `echo` unless told otherwise."""
+
+    async def put(name: str = "shop", **fields: Any) -> Agent:
+        agent, _ = await stores.agents.put(name, AgentDefinition(**{"graph": "echo", "rate_limit": None, **fields}))
+        return agent
+
+    return put
