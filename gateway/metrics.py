@@ -10,7 +10,7 @@ class Metrics:
     """The pod's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         self.registry = CollectorRegistry()
         self.turns = Counter("gateway_turns", "Turns by how they ended", ["outcome"], registry=self.registry)
         self.turn_seconds = Histogram(

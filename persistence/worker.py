@@ -99,7 +99,7 @@ class Worker:
             log.error("outbox.deleted_while_pending", partition=partition, entries=len(taken.deleted))
         if not taken.entries:
             self._own_pending.discard(partition)
-            return 0
+            return await self._flush_partition(partition, claim) if own else 0
         self._own_pending.add(partition)
         started = monotonic()
         records: list[Record] = []
