@@ -6,7 +6,6 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import msgspec
@@ -19,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
+from gateway import __version__
 from gateway.agents import Agents
 from gateway.api.agents import AgentsApi
 from gateway.api.callers import Gatekeeper
@@ -138,7 +138,7 @@ class Pod:
                 self.metrics,
             ),
         )
-        document = msgspec.json.encode(openapi_document(table, _version()))
+        document = msgspec.json.encode(openapi_document(table, __version__))
 
         async def openapi(request: Request) -> Response:
             return Response(document, media_type="application/json")
@@ -210,9 +210,3 @@ async def warn_if_not_migrated(postgres: Postgres) -> None:
     if found != expected:
         log.warning("postgres.not_migrated", found=found, expected=expected, remedy="python -m gateway migrate")
 
-
-def _version() -> str:
-    try:
-        return version("session-gateway")
-    except PackageNotFoundError:
-        return "0"
