@@ -29,6 +29,7 @@ class Agents:
 
     async def load(self, reference: str) -> Agent:
         """The agent with this UUID or name. Raises AgentNotFound."""
+        _check_reference(reference)
         now = self._clock()
         known = self._known.get(reference)
         if known is None or now - known[0] > FRESH_S:
@@ -57,11 +58,11 @@ class Agents:
 
         Returns the agent and whether it is new.
         """
+        if as_uuid(reference) is None:
+            check_name(reference)
         old = await self._postgres.find_agent(reference)
         if old is None and as_uuid(reference) is not None:
             raise AgentNotFound("an agent is created under a name, not under a UUID")
-        if old is None:
-            check_name(reference)
         agent = Agent(old.id if old else str(uuid7()), old.name if old else reference, definition)
         try:
             await self._postgres.put_agent(agent)
@@ -75,6 +76,7 @@ class Agents:
 
     async def delete(self, reference: str) -> None:
         """Deletes an agent; its sessions stay. Raises AgentNotFound."""
+        _check_reference(reference)
         agent = await self._postgres.find_agent(reference)
         if agent is None:
             raise AgentNotFound
@@ -91,3 +93,12 @@ def check_name(name: str) -> None:
     """Raises InvalidField unless `name` can be an agent's name."""
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,100}", name):
         raise InvalidField("agent_id: a name is 1 to 100 of A-Z a-z 0-9 _ . -", field="agent_id")
+
+
+def _check_reference(reference: str) -> None:
+    """Raises AgentNotFound for what can be neither a UUID nor a name."""
+    if as_uuid(reference) is None:
+        try:
+            check_name(reference)
+        except InvalidField as error:
+            raise AgentNotFound from error

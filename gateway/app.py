@@ -34,10 +34,12 @@ from gateway.openapi import openapi_document
 from gateway.problems import Problem
 from gateway.runtime import AgentRuntime, Graphs, load_graphs
 from gateway.settings import Settings
+from gateway.streams import Streams
 from gateway.turns import Turns
 from persistence.agents import AgentCopies
 from persistence.connection import Client, call, check_server, connect
 from persistence.errors import PersistenceError, PostgresUnavailable
+from persistence.events import EventLogs, WakeUps
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
 from persistence.hydrator import Hydrator
@@ -64,6 +66,7 @@ class Stores:
             self.scripts, self.keys, lease_ms=int(settings.lease_s * 1000), max_backlog=settings.max_backlog
         )
         self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
+        self.logs = EventLogs(self.scripts, self.keys)
         self.agent_copies = AgentCopies(self.client, self.keys)
         self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
         self.agents = Agents(self.agent_copies, self.postgres)
@@ -95,7 +98,26 @@ class Pod:
         self.settings = settings
         self.stores = stores
         self.metrics = Metrics()
-        self.turns = Turns(stores.sessions, stores.hydrator, graphs.run, self.metrics, queue_wait_s=settings.queue_wait_s)
+        self.history = History(
+            stores.client,
+            stores.keys,
+            stores.sessions,
+            stores.logs,
+            stores.postgres,
+            stores.hydrator,
+            stores.outbox,
+        )
+        self.wakeups = WakeUps(stores.client, stores.keys)
+        self.streams = Streams(self.history, stores.sessions, self.wakeups, stores.keys)
+        self.turns = Turns(
+            stores.sessions,
+            stores.logs,
+            self.streams,
+            stores.hydrator,
+            graphs.run,
+            self.metrics,
+            queue_wait_s=settings.queue_wait_s,
+        )
         self.runtime = AgentRuntime(stores.agents, self.turns)
         limit = settings.address_limit
         self.limiter = AddressLimiter(Limits(stores.scripts, stores.keys), *limit) if limit else None
@@ -107,12 +129,14 @@ class Pod:
         keys = [key for key in (settings.secret_key, settings.secret_key_previous) if key]
         tokens = SessionTokens(keys, settings.token_ttl_s)
         gatekeeper = Gatekeeper(tokens, settings.admin_key)
-        history = History(stores.client, stores.keys, stores.sessions, stores.postgres, stores.hydrator, stores.outbox)
         max_body_bytes = settings.max_body_bytes
         table = endpoints(
             ChatApi(
                 stores.agents,
                 self.runtime,
+                self.streams,
+                self.history,
+                stores.logs,
                 gatekeeper,
                 self.limiter,
                 max_body_bytes=max_body_bytes,
@@ -122,7 +146,8 @@ class Pod:
                 stores.agents,
                 stores.sessions,
                 stores.hydrator,
-                history,
+                self.history,
+                self.streams,
                 gatekeeper,
                 tokens,
                 self.limiter,
@@ -167,19 +192,40 @@ class Pod:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        limiting = asyncio.create_task(self.limiter.run()) if self.limiter else None
+        background = [asyncio.create_task(self.wakeups.run(self.turns.cancel))]
+        if self.limiter is not None:
+            background.append(asyncio.create_task(self.limiter.run()))
         await self.stores.copy_agents()
         log.info("pod.started", partitions=self.stores.keys.partitions)
         yield
-        await self.turns.drain(self.settings.drain_s)
-        if limiting is not None:
-            limiting.cancel()
+        await self.drain()
+        await _end(background)
         log.info("pod.stopped")
+
+    def begin_drain(self) -> None:
+        """Says on /readyz that this pod goes away, and ends what would never end by itself."""
+        self.draining = True
+        self.streams.close()
+
+    async def drain(self) -> None:
+        """Begins to drain, and lets the running turns end."""
+        self.begin_drain()
+        await self.turns.drain(self.settings.drain_s)
+
+
+async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
+    """Cancels tasks until they have ended: in Python 3.11 a wait_for inside a library can lose a cancellation."""
+    pending = set(tasks)
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=0.5)
 
 
 async def build_pod(settings: Settings, stores: Stores, extra_routes: Sequence[BaseRoute] = ()) -> Pod:
     """A pod, after everything that can stop its start has been checked. Raises PersistenceError or GraphError."""
-    graphs = await load_graphs(Path(settings.graphs).absolute() if settings.graphs else None)
+    base_urls = [url.strip() for url in settings.model_base_urls.split(",") if url.strip()]
+    graphs = await load_graphs(Path(settings.graphs).absolute() if settings.graphs else None, base_urls)
     await stores.check()
     return Pod(settings, stores, graphs, extra_routes)
 
@@ -193,7 +239,7 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
         stores.keys,
         stores.sessions,
         stores.postgres,
-        stores.hydrator,
+        stores.agent_copies,
         session_timeout_s=settings.session_timeout_s,
     )
     return Worker(stores.outbox, stores.postgres, housekeeping)
@@ -209,4 +255,3 @@ async def warn_if_not_migrated(postgres: Postgres) -> None:
         return
     if found != expected:
         log.warning("postgres.not_migrated", found=found, expected=expected, remedy="python -m gateway migrate")
-

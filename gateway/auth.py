@@ -53,8 +53,8 @@ def is_admin(authorization: str, admin_key: str) -> bool:
 
 
 def normal_domain(text: str) -> str:
-    """A host name as it is stored and compared: lower case, no trailing dot."""
-    return text.strip().lower().rstrip(".")
+    """A host name as it is stored and compared: lower case, no trailing dot, no longer than its column."""
+    return text.strip().lower().rstrip(".")[:255]
 
 
 def origin_domain(origin: str) -> str:
@@ -69,6 +69,8 @@ def domain_allowed(domain: str, allowed: Sequence[str]) -> bool:
     """Whether a website may use an agent: an exact host or `*.example.com`; an empty list allows any."""
     if not allowed:
         return True
+    if not domain:
+        return False
     for pattern in map(normal_domain, allowed):
         if domain == pattern or (
             pattern.startswith("*.") and domain.endswith(pattern[1:]) and len(domain) > len(pattern) - 1

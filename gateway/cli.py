@@ -109,6 +109,20 @@ async def _serve(options: argparse.Namespace) -> None:
         await serve_pod(pod)
     finally:
         await stores.close()
+    await end_leftovers()
+
+
+async def end_leftovers() -> None:
+    """Ends what graphs have left behind: a node that swallows its cancellation, or blocks a thread, must not keep the
+    process. All that had to end in order has ended by now."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    threads = asyncio.create_task(asyncio.get_running_loop().shutdown_default_executor())
+    _, stuck = await asyncio.wait({*left, threads}, timeout=1)
+    if stuck:
+        sys.stderr.flush()
+        os._exit(0)
 
 
 async def serve_pod(pod: Pod) -> None:
@@ -126,12 +140,15 @@ async def serve_pod(pod: Pod) -> None:
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
-        timeout_graceful_shutdown=int(settings.drain_s) + 1,
+        timeout_graceful_shutdown=int(settings.drain_s) + 2,
     )
     server = QuietServer(config)
 
+    draining: list[asyncio.Task[None]] = []
+
     def stop() -> None:
-        pod.draining = True
+        if not draining:
+            draining.append(asyncio.create_task(pod.drain()))
         server.should_exit = True
 
     on_signals(stop)
@@ -179,7 +196,7 @@ async def _dev(options: argparse.Namespace) -> None:
     settings = load_settings(os.environ)
     configure_logs(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
     dev = DevOptions(port=options.port, data=options.data, worker=not options.no_worker)
-    await run_dev(dev, os.environ, serve_pod)
+    await run_dev(dev, os.environ, serve_pod, on_signals)
 
 
 async def _agents_put(options: argparse.Namespace) -> None:

@@ -21,7 +21,7 @@ from starlette.routing import Route
 
 from gateway.api.rendering import answer
 from gateway.app import Pod, Stores, build_pod, build_worker
-from gateway.servers import PostgresServer, RedisServer, ServerError, free_port, port_is_free
+from gateway.servers import PostgresServer, RedisServer, Server, ServerError, free_port, port_is_free
 from gateway.settings import Settings, load_settings
 from persistence.agents import AgentDefinition
 from persistence.connection import call
@@ -42,8 +42,18 @@ class DevOptions(msgspec.Struct, frozen=True):
     worker: bool
 
 
-async def run_dev(options: DevOptions, environment: Mapping[str, str], serve: Callable[[Pod], Awaitable[None]]) -> None:
+async def run_dev(
+    options: DevOptions,
+    environment: Mapping[str, str],
+    serve: Callable[[Pod], Awaitable[None]],
+    on_signals: Callable[[Callable[[], None]], None],
+) -> None:
     """Runs everything until SIGINT or SIGTERM. Raises ServerError, SettingsError or PersistenceError."""
+    # Asked for between the steps of the start, each of which is short; nothing is cancelled half-way.
+    interrupted = asyncio.Event()
+    on_signals(interrupted.set)
+    if not 1 <= options.port <= 65_535:
+        raise ServerError(f"--port {options.port} is not between 1 and 65535")
     if not port_is_free(options.port):
         raise ServerError(f"port {options.port} is in use: choose another with --port")
     async with AsyncExitStack() as stack:
@@ -52,17 +62,19 @@ async def run_dev(options: DevOptions, environment: Mapping[str, str], serve: Ca
         shown: dict[str, str] = {}
         if not variables.get("GATEWAY_REDIS_URL"):
             redis = RedisServer(options.data / "redis", _port(REDIS_PORT))
-            await asyncio.to_thread(redis.start)
-            stack.callback(redis.stop)
+            await _start(stack, redis)
             variables["GATEWAY_REDIS_URL"] = redis.url
             shown["redis"] = f"{_redis_cli()} -p {redis.port}"
+        if interrupted.is_set():
+            return
         if not variables.get("GATEWAY_DATABASE_URL"):
             postgres = PostgresServer(options.data / "postgres", _port(POSTGRES_PORT), database="gateway")
-            await asyncio.to_thread(postgres.start)
-            stack.callback(postgres.stop)
+            await _start(stack, postgres)
             variables["GATEWAY_DATABASE_URL"] = postgres.url
             psql = "psql" if shutil.which("psql") else shlex.quote(_shown_path(postgres.psql))
             shown["postgres"] = f"{psql} {postgres.url}"
+        if interrupted.is_set():
+            return
         settings = _settings(options, variables)
         stores = Stores(settings)
         stack.push_async_callback(stores.close)
@@ -72,9 +84,18 @@ async def run_dev(options: DevOptions, environment: Mapping[str, str], serve: Ca
         if options.worker:
             worker = await build_worker(settings, stores)
             await stack.enter_async_context(_working(worker))
+        if interrupted.is_set():
+            return
         _print_summary(options, settings, shown)
+        # From here on the signals are the pod's.
         await serve(pod)
         print("stopping", file=sys.stderr)
+
+
+async def _start(stack: AsyncExitStack, server: Server) -> None:
+    """Starts a server that stops with the stack."""
+    stack.callback(server.stop)
+    await asyncio.to_thread(server.start)
 
 
 def _port(preferred: int) -> int:

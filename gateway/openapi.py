@@ -1,7 +1,7 @@
 """The OpenAPI 3.1 document, made from the route table and the types that it names."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import msgspec
@@ -79,6 +79,8 @@ def _operation(endpoint: Endpoint, by_kind: dict[Any, Any], components: dict[str
             {"name": name, "in": "query", "required": name in schema.get("required", []), "schema": field}
             for name, field in schema["properties"].items()
         ]
+    if AsyncIterator in endpoint.answers.values() and endpoint.method == "GET":
+        parameters.append({"name": "Last-Event-ID", "in": "header", "required": False, "schema": {"type": "string"}})
     if parameters:
         operation["parameters"] = parameters
     if endpoint.body is not None:
@@ -96,7 +98,7 @@ def _response(kind: Any, by_kind: dict[Any, Any]) -> dict[str, Any]:
         return {"description": "Done"}
     if _is_struct(kind):
         return {"description": kind.__doc__ or "Done", "content": {"application/json": {"schema": by_kind[kind]}}}
-    media_type = "text/plain" if kind is str else "text/javascript"
+    media_type = {str: "text/plain", bytes: "text/javascript"}.get(kind, "text/event-stream")
     return {"description": "Done", "content": {media_type: {"schema": {"type": "string"}}}}
 
 

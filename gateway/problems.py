@@ -89,6 +89,18 @@ class SessionErased(Problem):
     status, code, title = 410, "session_erased", "The session has been erased"
 
 
+class TurnNotFound(Problem):
+    status, code, title = 404, "turn_not_found", "There is no such turn"
+
+
+class NoTurnRunning(Problem):
+    status, code, title = 409, "no_turn_running", "Nothing is being answered"
+
+
+class TurnCancelled(Problem):
+    status, code, title = 409, "turn_cancelled", "The answer was cancelled"
+
+
 class TurnInProgress(Problem):
     status, code, title, retryable = 409, "turn_in_progress", "Another message is being answered", True
 

@@ -5,30 +5,66 @@ holds no session state, and graphs keep none of their own: a checkpointer of the
 """
 
 import asyncio
+import copy
 import importlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from types import MappingProxyType
+from typing import Annotated, Any, Protocol, TypedDict
 
 import msgspec
 import structlog
-from langchain_core.messages import AIMessage, AnyMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.language_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, AnyMessage, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import RunnableConfig
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
-from gateway.problems import GraphFailed, GraphInvalidOutput, GraphNotConfigured
-from gateway.turns import GraphInput, GraphOutput, TurnRequest, TurnResult, Turns
-from persistence.agents import Agent
+from gateway.auth import normal_domain
+from gateway.logs import frames
+from gateway.problems import AgentInactive, GraphFailed, GraphInvalidOutput, GraphNotConfigured, InvalidField
+from gateway.streams import TurnLog
+from gateway.turns import (
+    Attached,
+    Emit,
+    GraphInput,
+    GraphOutput,
+    TurnRequest,
+    TurnResult,
+    Turns,
+    storable_text,
+    storable_value,
+)
+from persistence.agents import Agent, AgentDefinition
 from persistence.records import Message
 
 log = structlog.get_logger()
 
-_OWN_STATE = ("user_input", "context", "metadata", "session_id", "channel")
+
+_in_graph: ContextVar[bool] = ContextVar("in_graph", default=False)
+
+
+def _contain_exits(loop: asyncio.AbstractEventLoop) -> None:
+    """Keeps a graph's SystemExit from ending the pod: LangGraph runs nodes as tasks, and asyncio raises it from those."""
+
+    def make_task(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, Any], **options: Any) -> "asyncio.Task[Any]":
+        return asyncio.Task(_contained(work) if _in_graph.get() else work, loop=loop, **options)
+
+    loop.set_task_factory(make_task)  # type: ignore[arg-type]  # the stub wants it generic
+
+
+async def _contained(work: Coroutine[Any, Any, Any]) -> Any:
+    try:
+        return await work
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(f"the graph raised {type(error).__name__}") from error
 
 
 class GraphError(Exception):
@@ -44,50 +80,103 @@ class EchoState(TypedDict, total=False):
     metadata: dict[str, Any]
 
 
+class EchoModel(BaseChatModel):
+    """A chat model that says what it was told, in `chunks` pieces over `delay_s`."""
+
+    chunks: int
+    delay_s: float
+
+    @property
+    def _llm_type(self) -> str:
+        return "echo"
+
+    def _generate(self, messages: list[BaseMessage], *arguments: Any, **options: Any) -> ChatResult:
+        return ChatResult(generations=[ChatGeneration(message=AIMessage(str(messages[-1].text)))])
+
+    async def _astream(
+        self, messages: list[BaseMessage], *arguments: Any, **options: Any
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        text = str(messages[-1].text)
+        for i in range(self.chunks):
+            await asyncio.sleep(self.delay_s / self.chunks)
+            piece = text[len(text) * i // self.chunks : len(text) * (i + 1) // self.chunks]
+            yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+
+
+class EchoConfig(msgspec.Struct):
+    """The config of an agent on the graph `echo`: how long an answer takes, and in how many pieces it streams."""
+
+    delay_ms: Annotated[float, msgspec.Meta(ge=0, le=3_600_000)] = 0
+    chunks: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1
+
+
 async def _echo(state: EchoState, config: RunnableConfig) -> EchoState:
-    settings = config.get("configurable", {})
-    delay_s = float(settings.get("delay_ms", 0)) / 1000
-    if delay_s > 0:
-        await asyncio.sleep(delay_s)
-    return {
-        "agent_response": f"You said: {state['user_input']}",
-        "metadata": {"history": len(state["messages"]) - 1},
-    }
+    settings = msgspec.convert(config.get("configurable", {}), EchoConfig)
+    text = f"You said: {state['user_input']}"
+    if settings.chunks > 1:
+        model = EchoModel(chunks=settings.chunks, delay_s=settings.delay_ms / 1000)
+        text = str((await model.ainvoke([AIMessage(text)])).text)
+    elif settings.delay_ms:
+        await asyncio.sleep(settings.delay_ms / 1000)
+    return {"agent_response": text, "metadata": {"history": len(state["messages"]) - 1}}
 
 
 def echo_graph() -> Pregel[Any, Any, Any, Any]:
-    """The built-in graph without a model, for demos and tests. Its config's `delay_ms` makes it slow."""
+    """The built-in graph without a model, for demos and tests. Its config makes it slow, and stream."""
     graph = StateGraph(EchoState)
     graph.add_node("echo", _echo)
     graph.set_entry_point("echo")
     return graph.compile()
 
 
-BUILT_IN = {"echo": echo_graph}
+def _check_echo(config: dict[str, Any]) -> None:
+    msgspec.convert(config, EchoConfig)
+
+
+CheckConfig = Callable[[dict[str, Any]], Any]
 
 
 class Graphs:
-    """Compiled graphs by name."""
+    """Compiled graphs by name; `checks` are those of the configs that built-in graphs take."""
 
-    def __init__(self, graphs: Mapping[str, Pregel[Any, Any, Any, Any]]) -> None:
+    def __init__(
+        self, graphs: Mapping[str, Pregel[Any, Any, Any, Any]], checks: Mapping[str, CheckConfig] = MappingProxyType({})
+    ) -> None:
         self._graphs = dict(graphs)
+        self._checks = checks
 
     @property
     def names(self) -> list[str]:
         return sorted(self._graphs)
 
-    async def run(self, agent: Agent, graph_input: GraphInput) -> GraphOutput:
-        """Runs the agent's graph once. Raises GraphNotConfigured, GraphFailed, GraphInvalidOutput."""
+    def check(self, definition: AgentDefinition) -> None:
+        """Raises InvalidField when a definition's graph, or its config, is not one that this server can run."""
+        if definition.graph not in self._graphs:
+            raise InvalidField(f"graph: not one of this server's graphs: {', '.join(self.names)}", field="graph")
+        check = self._checks.get(definition.graph)
+        if check is not None:
+            try:
+                check(definition.config)
+            except ValueError as error:
+                raise InvalidField(f"config: {error}", field="config") from error
+
+    async def run(self, agent: Agent, graph_input: GraphInput, emit: Emit | None = None) -> GraphOutput:
+        """Runs the agent's graph once; with `emit`, hands on what it streams.
+
+        Raises GraphNotConfigured, GraphFailed, GraphInvalidOutput.
+        """
         graph = self._graphs.get(agent.definition.graph)
         if graph is None:
             raise GraphNotConfigured(f"graph: {agent.definition.graph}")
         history = [_to_langchain(message) for message in graph_input.history]
+        # Copies: what a graph changes in place is compared with what it was given.
+        given_context, given_metadata = copy.deepcopy((graph_input.context, graph_input.metadata))
         state: Any = {
             "messages": [*history, HumanMessage(graph_input.user_input, id=graph_input.message_uuid)],
             "user_input": graph_input.user_input,
             "agent_response": "",
-            "context": graph_input.context,
-            "metadata": graph_input.metadata,
+            "context": given_context,
+            "metadata": given_metadata,
             "session_id": graph_input.session_id,
             "channel": graph_input.channel,
             "next_action": "",
@@ -102,13 +191,35 @@ class Graphs:
             }
         }
         context = agent.definition.config if graph.context_schema is not None else None
+        _in_graph.set(True)
         try:
-            output = await graph.ainvoke(state, config, context=context)
-        except (Exception, SystemExit) as error:
+            if emit is None:
+                output = await graph.ainvoke(state, config, context=context)
+            else:
+                output = await _stream(graph, state, config, context, emit)
+        except asyncio.CancelledError:
+            raise
+        except BaseException as error:
             # Whatever a graph raises ends its turn and nothing else; what it says may hold a visitor's words.
-            log.exception("graph.failed", graph=agent.definition.graph, error=type(error).__name__)
+            log.error("graph.failed", graph=agent.definition.graph, error=type(error).__name__, frames=frames(error))
             raise GraphFailed from error
         return _output(output, graph_input, {message.id for message in history} | {graph_input.message_uuid})
+
+
+async def _stream(graph: Pregel[Any, Any, Any, Any], state: Any, config: RunnableConfig, context: Any, emit: Emit) -> Any:
+    """Runs a graph, emitting the text of its chat models as it comes, and what it writes to the custom stream."""
+    output: Any = None
+    parts = graph.astream(state, config, context=context, stream_mode=["messages", "custom", "values"], subgraphs=True)
+    async for namespace, mode, part in parts:
+        if mode == "values":
+            # Subgraphs have values of their own; the answer is the whole graph's.
+            if not namespace:
+                output = part
+        elif mode == "custom":
+            emit("custom", storable_value(part if isinstance(part, dict) else {"value": part}))
+        elif isinstance(part[0], AIMessage) and part[0].text:
+            emit("text.delta", {"text": storable_text(str(part[0].text))})
+    return output
 
 
 def _to_langchain(message: Message) -> BaseMessage:
@@ -158,7 +269,7 @@ def _object(output: dict[str, Any], name: str) -> dict[str, Any] | None:
         raise GraphInvalidOutput(f"{name} is {type(value).__name__}, not a dict")
     try:
         # As it will be read again: what JSON cannot hold is found here, before anything is stored.
-        return msgspec.json.decode(msgspec.json.encode(value), type=dict[str, Any])
+        return msgspec.json.decode(msgspec.json.encode(storable_value(value)), type=dict[str, Any])
     except (TypeError, ValueError, RecursionError) as error:
         raise GraphInvalidOutput(f"{name} cannot be stored as JSON: {type(error).__name__}") from error
 
@@ -176,24 +287,34 @@ def _model(answers: list[AIMessage]) -> str | None:
     return None
 
 
-async def load_graphs(file: Path | None) -> Graphs:
+async def load_graphs(file: Path | None, base_urls: Sequence[str] = ()) -> Graphs:
     """The built-in graphs and those of the operator's langgraph.json (None: none). Raises GraphError.
+
+    `base_urls` are the endpoints that agents on the graph `chat` may name; without the dependency group `llm` there is no
+    such graph.
 
     The file is LangGraph's own: `{"graphs": {"<name>": "<./file.py or module>:<variable>"}, "dependencies": ["."]}`.
     """
-    graphs = {name: make() for name, make in BUILT_IN.items()}
+    graphs = {"echo": echo_graph()}
+    checks: dict[str, CheckConfig] = {"echo": _check_echo}
+    if importlib.util.find_spec("langchain") is not None:
+        chat = importlib.import_module("gateway.chat_graph").ChatGraph(base_urls)
+        graphs["chat"], checks["chat"] = chat.compile(), chat.check
+    _contain_exits(asyncio.get_running_loop())
+    entries: dict[str, Any] = {}
     if file is not None:
         try:
             project = json.loads(file.read_text())
             entries = dict(project["graphs"])
+            dependencies = [str(entry) for entry in project.get("dependencies", ["."])]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise GraphError(f"{file}: not a langgraph.json with `graphs`: {type(error).__name__}: {error}") from error
-        _add_to_path(file.parent, project.get("dependencies", ["."]))
+        _add_to_path(file.parent, dependencies)
         for name, reference in entries.items():
             if isinstance(reference, dict):
                 reference = reference.get("path", "")  # noqa: PLW2901
             graphs[name] = await _load_graph(name, str(reference), file.parent)
-    return Graphs(graphs)
+    return Graphs(graphs, {name: check for name, check in checks.items() if name not in entries})
 
 
 def _add_to_path(root: Path, dependencies: list[str]) -> None:
@@ -215,7 +336,7 @@ async def _load_graph(name: str, reference: str, root: Path) -> Pregel[Any, Any,
             found = await found
         if isinstance(found, StateGraph):
             found = found.compile()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Importing an operator's code can raise anything; the start stops with its name.
         raise GraphError(f"graph {name} ({reference}): {type(error).__name__}: {error}") from error
     if not isinstance(found, Pregel):
@@ -265,11 +386,17 @@ class AgentRuntime:
         """
         metadata = metadata or {}
         agent = await self._agents.load(agent_id)
+        if not agent.definition.active:
+            raise AgentInactive
+        if not re.fullmatch(r"[A-Za-z0-9_.:-]{16,255}", session_id):
+            raise InvalidField("session_id: 16 to 255 of A-Z a-z 0-9 _ . : -", field="session_id")
+        if storable_value([user_input, metadata]) != [user_input, metadata]:
+            raise InvalidField("user_input, metadata: NUL and lone surrogates cannot be stored", field="user_input")
         request = TurnRequest(
             session_id=session_id,
             message=user_input,
             metadata=metadata,
-            website_domain=str(metadata.get("website_domain", "")),
+            website_domain=normal_domain(str(metadata.get("website_domain", ""))),
             user_agent=str(metadata.get("user_agent", "")),
         )
         result = await self.execute(agent, request)
@@ -278,3 +405,7 @@ class AgentRuntime:
     async def execute(self, agent: Agent, request: TurnRequest) -> TurnResult:
         """One turn of an agent. Raises a Problem."""
         return await self._turns.execute(agent, request)
+
+    async def stream(self, agent: Agent, request: TurnRequest) -> TurnLog | Attached:
+        """One turn of an agent as a log of events, or the turn that answers the message already. Raises a Problem."""
+        return await self._turns.stream(agent, request)

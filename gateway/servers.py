@@ -51,6 +51,7 @@ _MINIMUM_VERSION = {"Redis": (7, 0), "Valkey": (7, 2)}
 # between its end and its restart; and low enough for the cluster bus at +10000. A process gets every port once before
 # it gets one again, though nothing may listen on it yet.
 _PORTS = range(10_240, 22_000)
+_own_ports = _PORTS
 _next_port = itertools.count(secrets.randbelow(len(_PORTS)))
 
 
@@ -72,13 +73,24 @@ def port_is_free(port: int) -> bool:
     return True
 
 
+def share_ports(share: int, shares: int) -> None:
+    """From now on `free_port` keeps to one of `shares` equal parts of the ports, numbered from 0.
+
+    For processes that start many servers side by side: between the choice of a port and its use, another process could
+    choose the same one.
+    """
+    global _own_ports  # noqa: PLW0603  # the ports are the machine's, and this process has one share of them
+    size = len(_PORTS) // shares
+    _own_ports = _PORTS[share * size : (share + 1) * size]
+
+
 def free_port() -> int:
     """A port on which nothing listens, another one at every call. Raises ServerError when there is none."""
-    for number in itertools.islice(_next_port, len(_PORTS)):
-        port = _PORTS[number % len(_PORTS)]
+    for number in itertools.islice(_next_port, len(_own_ports)):
+        port = _own_ports[number % len(_own_ports)]
         if port_is_free(port) and port_is_free(_bus_port(port)):
             return port
-    raise ServerError(f"no free port between {_PORTS.start} and {_PORTS.stop}")
+    raise ServerError(f"no free port between {_own_ports.start} and {_own_ports.stop}")
 
 
 def _bus_port(port: int) -> int:

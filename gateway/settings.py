@@ -39,6 +39,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What admin calls carry as a bearer token; at least 16 characters."""
     graphs: str = ""
     """Path of the operator's langgraph.json."""
+    model_base_urls: str = ""
+    """Endpoints that agents on the built-in graph `chat` may name as base_url, comma-separated."""
     host: str = "127.0.0.1"
     """Address the pod listens on."""
     port: Port = 8000
@@ -120,8 +122,8 @@ def _check(settings: Settings) -> None:
             connect(settings.redis_url)
         except ValueError as error:
             raise SettingsError(f"GATEWAY_REDIS_URL: {error}") from error
-    if settings.database_url and urlsplit(settings.database_url).scheme not in ("postgresql", "postgres"):
-        raise SettingsError("GATEWAY_DATABASE_URL does not begin with postgresql://")
+    if settings.database_url:
+        _check_database_url(settings.database_url)
     for name, value, shortest in (
         ("SECRET_KEY", settings.secret_key, 32),
         ("SECRET_KEY_PREVIOUS", settings.secret_key_previous, 32),
@@ -135,3 +137,13 @@ def _check(settings: Settings) -> None:
         raise SettingsError("GATEWAY_ADDRESS_RATE_LIMIT is neither messages/seconds, such as 600/60, nor off")
     if settings.graphs and not Path(settings.graphs).is_file():
         raise SettingsError(f"GATEWAY_GRAPHS: there is no file {settings.graphs}")
+
+
+def _check_database_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        ports = [urlsplit(f"//{host}").port for host in parts.netloc.rpartition("@")[2].split(",")]
+    except ValueError as error:
+        raise SettingsError("GATEWAY_DATABASE_URL is not a URL with a good host and port") from error
+    if parts.scheme not in ("postgresql", "postgres") or 0 in ports:
+        raise SettingsError("GATEWAY_DATABASE_URL does not begin with postgresql://host:port")

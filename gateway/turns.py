@@ -2,7 +2,7 @@
 
     waiting ──▶ running ──▶ committed
        │           │
-       └───────────┴──────▶ aborted: the session is as it was before
+       └───────────┴──────▶ aborted, cancelled or lost: the session is as it was before
 
 A turn belongs to the application, not to the request that asked for it: a visitor who closes the tab ends no turn.
 """
@@ -10,6 +10,7 @@ A turn belongs to the application, not to the request that asked for it: a visit
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
+from hashlib import sha256
 from time import monotonic
 from typing import Any, NoReturn, Protocol
 
@@ -32,13 +33,17 @@ from gateway.problems import (
     SessionErased,
     SessionNotFound,
     TokenRequired,
+    TurnCancelled,
     TurnInProgress,
     TurnSuperseded,
     TurnTimeout,
     problem_of,
 )
+from gateway.streams import TurnLog, TurnWriter, answer_metadata, replay_log
 from persistence.agents import Agent
 from persistence.errors import PersistenceError, RedisUnavailable
+from persistence.events import EventLogs, Following
+from persistence.logs import Part
 from persistence.records import Channel, Message, Session, Turn, encode_object, iso
 from persistence.sessions import (
     Absent,
@@ -59,7 +64,14 @@ log = structlog.get_logger()
 HYDRATE_ATTEMPTS = 5
 ASK_AGAIN_S = (0.02, 0.25)
 COMMIT_TRIES = 3
+ABORT_WAIT_S = 0.1
 MAX_INT = 2**31 - 1
+
+
+class AttachedElsewhere(TurnInProgress):
+    """The message is answered by a turn that runs already; nothing failed."""
+
+    code = "attached"
 
 
 class TurnRequest(msgspec.Struct, kw_only=True):
@@ -114,7 +126,22 @@ class Hydrates(Protocol):
     async def hydrate(self, session_id: str, ticket: int) -> bool: ...
 
 
-RunGraph = Callable[[Agent, GraphInput], Awaitable[GraphOutput]]
+Emit = Callable[[str, Any], None]
+RunGraph = Callable[[Agent, GraphInput, Emit | None], Awaitable[GraphOutput]]
+
+
+class OwnsStreams(Protocol):
+    """What turns need of the streams: who runs what here."""
+
+    def own(self, turn_id: str, turn_log: TurnLog) -> None: ...
+
+    def disown(self, turn_id: str) -> None: ...
+
+
+class Attached(msgspec.Struct):
+    """The message is being answered already, by this turn."""
+
+    turn_id: str
 
 
 class Turns:
@@ -123,6 +150,8 @@ class Turns:
     def __init__(
         self,
         store: SessionStore,
+        logs: EventLogs,
+        streams: OwnsStreams,
         hydrator: Hydrates,
         run_graph: RunGraph,
         metrics: Metrics,
@@ -130,22 +159,58 @@ class Turns:
         queue_wait_s: float = 30.0,
     ) -> None:
         self._store = store
+        self._logs = logs
+        self._streams = streams
         self._hydrator = hydrator
         self._run_graph = run_graph
         self._metrics = metrics
         self._queue_wait_s = queue_wait_s
         self._running: set[asyncio.Task[TurnResult]] = set()
+        self._by_id: dict[str, _Running] = {}
+        self._aborting: set[asyncio.Task[None]] = set()
         self._draining = False
 
     async def execute(self, agent: Agent, request: TurnRequest) -> TurnResult:
         """Answers one message. Raises a Problem; cancelling the caller does not cancel the turn."""
+        task = self._start(_Running(str(uuid7()), agent, request))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task.cancelled():
+                raise Draining(retry_after_s=1) from None
+            raise
+
+    async def stream(self, agent: Agent, request: TurnRequest) -> TurnLog | Attached:
+        """Begins to answer one message; its log, or the turn that answers it already. Raises a Problem."""
+        turn = _Running(str(uuid7()), agent, request)
+        turn.opened = asyncio.get_running_loop().create_future()
+        task = self._start(turn)
+        waits: list[asyncio.Future[Any]] = [task, turn.opened]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        if turn.opened.done():
+            return turn.opened.result()
+        if task.cancelled():
+            raise Draining(retry_after_s=1)
+        task.result()
+        raise Problem
+
+    def _start(self, turn: "_Running") -> asyncio.Task[TurnResult]:
         if self._draining:
             raise Draining(retry_after_s=1)
-        task = asyncio.create_task(self._execute(agent, request))
+        task = asyncio.create_task(self._execute(turn))
         self._running.add(task)
+        self._by_id[turn.id] = turn
         task.add_done_callback(self._running.discard)
         task.add_done_callback(_retrieve)
-        return await asyncio.shield(task)
+        return task
+
+    def cancel(self, turn_id: str) -> None:
+        """Stops a turn that has been cancelled in Redis, if it runs here."""
+        turn = self._by_id.get(turn_id)
+        if turn is not None:
+            turn.cancelled = turn.settled = True
+            if turn.graph is not None:
+                turn.graph.cancel()
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no new turns, gives the running ones time to end, then aborts them."""
@@ -157,10 +222,10 @@ class Turns:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
+        await asyncio.gather(*self._aborting, return_exceptions=True)
 
-    async def _execute(self, agent: Agent, request: TurnRequest) -> TurnResult:
+    async def _execute(self, turn: "_Running") -> TurnResult:
         started = monotonic()
-        turn = _Running(str(uuid7()), agent, request)
         self._metrics.running.inc()
         outcome = "failed"
         try:
@@ -177,6 +242,7 @@ class Turns:
             outcome = "cancelled"
             raise
         finally:
+            del self._by_id[turn.id]
             duration_s = monotonic() - started
             self._metrics.running.dec()
             self._metrics.turns.labels(outcome).inc()
@@ -184,9 +250,9 @@ class Turns:
                 self._metrics.turn_seconds.observe(duration_s)
                 self._metrics.graph_seconds.observe(turn.graph_s)
             log.info(
-                "turn.completed" if outcome in ("completed", "replayed") else "turn.failed",
+                "turn.completed" if outcome in ("completed", "replayed", "attached") else "turn.failed",
                 outcome=outcome,
-                agent=agent.name,
+                agent=turn.agent.name,
                 session=turn.session_uuid,
                 turn_id=turn.id,
                 number=turn.number,
@@ -201,11 +267,10 @@ class Turns:
         try:
             begun = await self._begin(turn)
             if isinstance(begun, Replay):
-                return _replayed(begun, turn.request)
+                return self._replay(turn, begun)
             return await self._run(turn, begun)
-        except BaseException:
-            if not turn.settled:
-                await self._abort(turn)
+        except BaseException as error:
+            await self._give_up(turn, error)
             raise
 
     async def _begin(self, turn: "_Running") -> Begun | Replay:
@@ -215,7 +280,12 @@ class Turns:
         absences, waited = 0, False
         while True:
             outcome = await self._store.begin(
-                request.session_id, turn.id, turn.access, turn.policy, message_id=request.message_id
+                request.session_id,
+                turn.id,
+                turn.access,
+                turn.policy,
+                message_id=request.message_id,
+                digest=sha256(request.message.encode()).hexdigest()[:16] if request.message_id else "",
             )
             match outcome:
                 case Begun() | Replay():
@@ -230,7 +300,15 @@ class Turns:
                 case Refused():
                     turn.settled = not waited
                     raise_refusal(outcome)
-                case Busy(lease_left_ms, same_message) if not same_message or request.if_busy == "reject":
+                case Busy(_, True, turn_id) if turn.opened is not None:
+                    turn.settled = True
+                    turn.opened.set_result(Attached(turn_id))
+                    raise AttachedElsewhere
+                case Busy(_, False, turn_id) if turn.policy.if_busy == "interrupt":
+                    cancelled = await self._logs.cancel(request.session_id, turn_id, turn.access)
+                    if isinstance(cancelled, Refused):
+                        raise_refusal(cancelled)
+                case Busy(lease_left_ms, False):
                     turn.settled = True
                     raise TurnInProgress(retry_after_s=max(1.0, lease_left_ms / 1000))
                 case Busy() | Queued():
@@ -266,7 +344,8 @@ class Turns:
         """Runs the graph under the lease and commits what it answers."""
         session, request, definition = begun.session, turn.request, turn.agent.definition
         started = monotonic()
-        turn.session_uuid, turn.number = session.id, session.turns + 1
+        turn.session_uuid, turn.number, turn.fence = session.id, session.turns + 1, begun.fence
+        writer = self._open_log(turn)
         history = [message for past in begun.turns for message in past.messages]
         channel = request.channel or session.channel
         graph_input = GraphInput(
@@ -278,7 +357,7 @@ class Turns:
             session_id=request.session_id,
             channel=channel,
         )
-        output = await self._run_leased(turn, begun.fence, graph_input)
+        output = await self._run_leased(turn, graph_input)
         turn.graph_s = monotonic() - started
         output = _storable(output)
         latency_ms = round(turn.graph_s * 1000)
@@ -309,22 +388,55 @@ class Turns:
                 ),
             ],
             metadata=output.metadata,
+            fence=begun.fence,
         )
-        await self._commit(turn, begun.fence, stored, output.context)
-        return _result(request.session_id, stored, replayed=False)
+        result = TurnResult(output.response, answer_metadata(stored, request.session_id, replayed=False))
+        part = None
+        if writer is not None:
+            if not writer.has_text:
+                writer.emit("text.delta", {"text": output.response})
+            part = await writer.seal("turn.completed", result)
+        await self._commit(turn, stored, output.context, part)
+        if writer is not None:
+            writer.publish()
+            self._streams.disown(turn.id)
+        return result
 
-    async def _run_leased(self, turn: "_Running", fence: int, graph_input: GraphInput) -> GraphOutput:
+    def _open_log(self, turn: "_Running") -> TurnWriter | None:
+        """The log of a turn that somebody wants streamed."""
+        if turn.opened is None:
+            return None
+        turn.writer = TurnWriter(self._logs, turn.request.session_id, turn.id, turn.fence)
+        turn.writer.emit("turn.started", {"turn_id": turn.id, "session_id": turn.request.session_id})
+        self._streams.own(turn.id, turn.writer.log)
+        turn.opened.set_result(turn.writer.log)
+        return turn.writer
+
+    def _replay(self, turn: "_Running", replay: Replay) -> TurnResult:
+        """The answer that was given before."""
+        session_id, stored = turn.request.session_id, replay.turn
+        if stored.messages[0].content != turn.request.message:
+            raise MessageIdReused(field="message_id")
+        if turn.opened is not None:
+            turn.opened.set_result(replay_log(stored, session_id))
+        return TurnResult(stored.messages[-1].content, answer_metadata(stored, session_id, replayed=True))
+
+    async def _run_leased(self, turn: "_Running", graph_input: GraphInput) -> GraphOutput:
         """Runs the graph; renews the lease meanwhile; ends it when it takes too long or the lease is lost."""
         limit_s = turn.agent.definition.turn_timeout_s
         session_id, lease_s = turn.request.session_id, self._store.lease_ms / 1000
-        graph = asyncio.ensure_future(self._run_graph(turn.agent, graph_input))
+        emit = turn.writer.emit if turn.writer is not None else None
+        graph = asyncio.ensure_future(self._run_graph(turn.agent, graph_input, emit))
         graph.add_done_callback(_retrieve)
+        turn.graph = graph
+        if turn.cancelled:
+            graph.cancel()
         renewing: asyncio.Task[None] | None = None
 
         async def renew() -> None:
             while not graph.done():
                 try:
-                    if not await self._store.renew(session_id, turn.id, fence):
+                    if not await self._store.renew(session_id, turn.id, turn.fence):
                         turn.settled = True
                         graph.cancel()
                         return
@@ -344,8 +456,12 @@ class Turns:
             await asyncio.wait({graph}, timeout=limit_s)
             if not graph.done():
                 raise TurnTimeout(f"no answer in {limit_s:g} s")
+            if turn.cancelled:
+                raise TurnCancelled
+            if turn.settled and (graph.cancelled() or graph.exception() is not None):
+                raise await self._lost(turn)
             if graph.cancelled():
-                raise TurnSuperseded if turn.settled else GraphFailed
+                raise GraphFailed
             return graph.result()
         finally:
             graph.cancel()
@@ -353,12 +469,12 @@ class Turns:
             if renewing is not None:
                 renewing.cancel()
 
-    async def _commit(self, turn: "_Running", fence: int, stored: Turn, context: dict[str, Any] | None) -> None:
+    async def _commit(self, turn: "_Running", stored: Turn, context: dict[str, Any] | None, part: Part | None) -> None:
         encoded = "" if context is None else encode_object(context)
         for attempt in range(1, COMMIT_TRIES + 1):
             try:
                 committed = await self._store.commit(
-                    turn.request.session_id, turn.id, fence, turn.number, stored, turn.policy, encoded
+                    turn.request.session_id, turn.id, turn.fence, turn.number, stored, turn.policy, encoded, part
                 )
             except RedisUnavailable:
                 # An answer has been paid for, and committing twice adds nothing.
@@ -367,15 +483,59 @@ class Turns:
                 continue
             turn.settled = True
             if committed is None:
-                raise TurnSuperseded
+                raise await self._lost(turn)
             return
 
-    async def _abort(self, turn: "_Running") -> None:
+    async def _lost(self, turn: "_Running") -> Problem:
+        """What became of a turn that does not hold its session any more: its log tells a cancellation from a takeover."""
+        if turn.cancelled:
+            return TurnCancelled()
         try:
-            await asyncio.shield(self._store.abort(turn.request.session_id, turn.id))
+            found = await self._logs.follow(turn.request.session_id, turn.id, turn.access)
+        except PersistenceError as error:
+            log.warning("turn.end_unknown", turn_id=turn.id, error=str(error))
+            return TurnSuperseded()
+        if isinstance(found, Following) and found.events and found.events[-1].kind == "turn.cancelled":
+            return TurnCancelled()
+        return TurnSuperseded()
+
+    async def _give_up(self, turn: "_Running", error: BaseException) -> None:
+        """Lets go of what the turn holds, and ends its log with the reason."""
+        part = None
+        if turn.writer is not None:
+            part = await turn.writer.seal(*_last_word(error))
+        if not turn.settled:
+            aborting = asyncio.create_task(self._abort(turn, part))
+            self._aborting.add(aborting)
+            aborting.add_done_callback(self._aborting.discard)
+            # Usually done at once; while Redis is away the visitor is not kept waiting for a second call.
+            await asyncio.wait({aborting}, timeout=ABORT_WAIT_S)
+        if turn.writer is not None:
+            turn.writer.publish()
+            self._streams.disown(turn.id)
+
+    async def _abort(self, turn: "_Running", part: Part | None) -> None:
+        try:
+            await self._store.abort(turn.request.session_id, turn.id, turn.fence, part)
         except RedisUnavailable as error:
             # The lease ends it; until then the session is busy.
             log.warning("turn.abort_failed", turn_id=turn.id, error=str(error))
+
+
+def _last_word(error: BaseException) -> tuple[str, dict[str, Any]]:
+    """The terminal event of a turn that was not answered."""
+    match error:
+        case TurnCancelled():
+            return "turn.cancelled", {}
+        case Problem():
+            problem = error
+        case PersistenceError():
+            problem = problem_of(error)
+        case asyncio.CancelledError():
+            problem = Draining()
+        case _:
+            problem = Problem()
+    return "turn.failed", {"code": problem.code, "title": problem.title, "retryable": problem.retryable}
 
 
 def _retrieve(task: "asyncio.Future[Any]") -> None:
@@ -385,9 +545,27 @@ def _retrieve(task: "asyncio.Future[Any]") -> None:
 
 
 class _Running:
-    """A turn on its way. `settled` once it holds nothing in Redis that would have to be let go."""
+    """A turn on its way. `settled` once it holds nothing in Redis that would have to be let go.
 
-    __slots__ = ("access", "agent", "graph_s", "id", "number", "policy", "request", "session_uuid", "settled")
+    `opened` is there when the turn is to be streamed, and gets its log when it begins.
+    """
+
+    __slots__ = (
+        "access",
+        "agent",
+        "cancelled",
+        "fence",
+        "graph",
+        "graph_s",
+        "id",
+        "number",
+        "opened",
+        "policy",
+        "request",
+        "session_uuid",
+        "settled",
+        "writer",
+    )
 
     def __init__(self, turn_id: str, agent: Agent, request: TurnRequest) -> None:
         self.id = turn_id
@@ -399,8 +577,13 @@ class _Running:
             self.policy = msgspec.structs.replace(self.policy, if_busy=request.if_busy)
         self.session_uuid = ""
         self.number = 0
+        self.fence = 0
         self.graph_s = 0.0
         self.settled = False
+        self.cancelled = False
+        self.graph: asyncio.Future[GraphOutput] | None = None
+        self.writer: TurnWriter | None = None
+        self.opened: asyncio.Future[TurnLog | Attached] | None = None
 
 
 def raise_refusal(refused: Refused) -> NoReturn:
@@ -420,6 +603,8 @@ def raise_refusal(refused: Refused) -> NoReturn:
             raise BacklogFull(retry_after_s=5)
         case "queue_full":
             raise QueueFull(retry_after_s=2)
+        case "reused":
+            raise MessageIdReused(field="message_id")
         case "limited":
             raise RateLimited("too many messages in this session", retry_after_s=retry_after_s)
 
@@ -433,33 +618,12 @@ def session_of(found: Session | Refused | None) -> Session:
     return found
 
 
-def _replayed(replay: Replay, request: TurnRequest) -> TurnResult:
-    if replay.turn.messages[0].content != request.message:
-        raise MessageIdReused(field="message_id")
-    return _result(request.session_id, replay.turn, replayed=True)
-
-
-def _result(session_id: str, turn: Turn, *, replayed: bool) -> TurnResult:
-    answer = turn.messages[-1]
-    return TurnResult(
-        answer.content,
-        {
-            **turn.metadata,
-            "session_id": session_id,
-            "turn_id": turn.id,
-            "message_count": turn.seq + len(turn.messages) - 1,
-            "latency_ms": answer.latency_ms,
-            "replayed": replayed,
-        },
-    )
-
-
 def _storable(output: GraphOutput) -> GraphOutput:
-    """The output without what Postgres cannot store: NUL, lone surrogates, numbers and names beyond their columns."""
+    """The output without what Postgres cannot store; context and metadata are so already."""
     return GraphOutput(
         response=storable_text(output.response),
-        context=None if output.context is None else _storable_value(output.context),
-        metadata=_storable_value(output.metadata),
+        context=output.context,
+        metadata=output.metadata,
         tokens_used=None if output.tokens_used is None else min(max(output.tokens_used, 0), MAX_INT),
         model_used=None if output.model_used is None else storable_text(output.model_used)[:100],
     )
@@ -470,13 +634,16 @@ def storable_text(text: str) -> str:
     return text.replace("\0", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
-def _storable_value(value: Any) -> Any:
+def storable_value(value: Any) -> Any:
+    """The value with every text in it made storable."""
     match value:
         case str():
             return storable_text(value)
         case dict():
-            return {storable_text(str(name)): _storable_value(item) for name, item in value.items()}
-        case list():
-            return [_storable_value(item) for item in value]
+            return {
+                storable_text(name) if isinstance(name, str) else name: storable_value(item) for name, item in value.items()
+            }
+        case list() | tuple():
+            return [storable_value(item) for item in value]
         case _:
             return value

@@ -11,6 +11,7 @@ from persistence.keys import Keys
 from persistence.records import Channel
 from persistence.sessions import IfBusy, TurnPolicy
 
+MIN_HOT_TURNS = 10
 Domain = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
@@ -42,10 +43,10 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     @property
     def policy(self) -> TurnPolicy:
-        """What the Redis layer needs to know of it. A turn has two messages; one turn at least stays hot."""
+        """What the Redis layer needs to know of it. A turn has two messages; some stay hot in any case, for retries."""
         limit = self.rate_limit
         return TurnPolicy(
-            hot_turns=max(1, (self.history_window + 1) // 2),
+            hot_turns=max(MIN_HOT_TURNS, (self.history_window + 1) // 2),
             hot_ttl_s=self.hot_ttl_s,
             if_busy=self.if_busy,
             rate_messages=limit.messages if limit else 0,
@@ -91,15 +92,20 @@ class AgentCopies:
             pointer = await self._hash(reference)
             if not pointer:
                 return None
-            agent_id = pointer.get(b"id", b"").decode(errors="replace")
+            agent_id = as_uuid(pointer.get(b"id", b"").decode(errors="replace"))
+            if agent_id is None:
+                raise Damaged(self._keys.agent(reference), "id", "is missing or no UUID")
         fields = await self._hash(agent_id)
         if not fields:
             return None
         where = self._keys.agent(agent_id)
+        for field in (b"name", b"definition"):
+            if field not in fields:
+                raise Damaged(where, field.decode(), "is missing")
         try:
             name, raw = fields[b"name"].decode(), fields[b"definition"]
-        except (KeyError, UnicodeDecodeError) as error:
-            raise Damaged(where, str(error), "is missing or unreadable") from error
+        except UnicodeDecodeError as error:
+            raise Damaged(where, "name", "is unreadable") from error
         if fields.get(b"id") != agent_id.encode():
             raise Damaged(where, "id", "is another agent's")
         if as_uuid(reference) is None and name != reference:

@@ -18,9 +18,9 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import ClusterCrossSlotError, RedisError, ResponseError
 
-from persistence.errors import RedisUnavailable, UnsuitableRedis
+from persistence.errors import CommandRefused, RedisUnavailable, UnsuitableRedis
 from persistence.keys import FORMAT, Keys
 
 log = structlog.get_logger()
@@ -32,6 +32,11 @@ CONNECT_TIMEOUT_S = 0.5
 REPLY_TIMEOUT_S = 1.0
 RETRIES = 2
 CLUSTER_PARTITIONS = 256
+URL_OPTIONS = frozenset(
+    ("ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_check_hostname", "client_name", "db")
+)
+"""What a URL may say behind its question mark: nothing that would undo what the promises need of a connection."""
+SENTINEL_OPTIONS = frozenset(("sentinel_username", "sentinel_password"))
 MINIMUM_REDIS = (7, 0)
 MINIMUM_VALKEY = (7, 2)
 
@@ -73,6 +78,11 @@ def connect(url: str) -> Client:
             f"scheme {parts.scheme!r} is not one of redis, rediss, redis+sentinel, rediss+sentinel, "
             "redis+cluster, rediss+cluster"
         )
+    query = parse_qs(parts.query)
+    allowed = SENTINEL_OPTIONS if kind == "sentinel" else URL_OPTIONS
+    for name in query:
+        if name not in allowed:
+            raise ValueError(f"option {name} is not one of {', '.join(sorted(allowed))}")
     if not kind:
         return Redis.from_url(url, max_connections=1024, **_options())
     credentials, _, hosts = parts.netloc.rpartition("@")
@@ -83,6 +93,8 @@ def connect(url: str) -> Client:
     if scheme == "rediss":
         options["ssl"] = True
     if kind == "cluster":
+        if parts.path.strip("/"):
+            raise ValueError("a cluster has no databases: the URL ends after the hosts")
         nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
         retry = options.pop("retry")
         return RedisCluster(startup_nodes=nodes, max_connections=1024, retry=retry, **options)
@@ -90,8 +102,8 @@ def connect(url: str) -> Client:
         service, _, db = parts.path.strip("/").partition("/")
         if not service:
             raise ValueError("a Sentinel URL names the service in its path: redis+sentinel://host:26379/<service>")
-        query = parse_qs(parts.query)
         sentinel_options = {name: options[name] for name in ("protocol", "socket_timeout", "socket_connect_timeout")}
+        sentinel_options |= {"ssl": True} if scheme == "rediss" else {}
         for name in ("username", "password"):
             if given := query.get(f"sentinel_{name}"):
                 sentinel_options[name] = given[0]
@@ -112,12 +124,33 @@ def _hosts(netloc: str, default_port: int) -> list[tuple[str, int]]:
 
 
 async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) -> Any:
-    """One Redis operation, its retries included, bounded in time. Raises RedisUnavailable."""
+    """One Redis operation, its retries included, bounded in time.
+
+    Raises RedisUnavailable, or CommandRefused when Redis is there and will never do it.
+    """
+    task = asyncio.ensure_future(operation())
+    task.add_done_callback(_retrieve)
     try:
-        async with asyncio.timeout(timeout_s):
-            return await operation()
+        # Not asyncio.timeout: in Python 3.11 the wait_for inside redis-py can lose the cancellation that it sends.
+        await asyncio.wait({task}, timeout=timeout_s)
+        if not task.done():
+            raise TimeoutError(f"no reply within {timeout_s:g} s")
+        return task.result()
+    except ResponseError as error:
+        # redis-py cuts the first word off and keeps it as the code, but for words that it does not know.
+        if error.status_code == "ERR" or str(error).startswith("WRONGTYPE") or isinstance(error, ClusterCrossSlotError):
+            raise CommandRefused(f"{type(error).__name__}: {error}") from error
+        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
     except (TimeoutError, OSError, RedisError) as error:
         raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+    finally:
+        task.cancel()
+
+
+def _retrieve(task: "asyncio.Future[Any]") -> None:
+    """Takes note of an error that nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def gather_bounded(work: Iterable[Coroutine[Any, Any, Result]], at_once: int = 32) -> list[Result]:

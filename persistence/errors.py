@@ -13,6 +13,10 @@ class ForeignReply(RedisUnavailable):
     """A reply echoed another session or call: the connection pool was dropped before any of it was used."""
 
 
+class CommandRefused(PersistenceError):
+    """Redis refuses a command for good: a key of another type, or a defect of a script."""
+
+
 class UnsuitableRedis(PersistenceError):
     """The Redis server's version, eviction policy or recorded partition number rules it out."""
 

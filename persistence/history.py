@@ -10,12 +10,13 @@ import msgspec
 
 from persistence.connection import Client, call, gather_bounded
 from persistence.errors import PostgresUnavailable
+from persistence.events import EventLogs, Following
 from persistence.hydrator import Hydrator
 from persistence.keys import Keys
 from persistence.outbox import Outbox
 from persistence.postgres import Postgres, SessionFilter
 from persistence.records import Session, StoredMessage, moment, transcript
-from persistence.sessions import Access, Hot, Refused, SessionStore
+from persistence.sessions import Absent, Access, Hot, Refused, SessionStore
 
 ALL_TURNS = 1_000_000_000
 COUNTED_ONE_BY_ONE = 10_000
@@ -53,9 +54,17 @@ class History:
     """Reading for visitors (`load_session`, `load_messages`) and operators (`list_sessions`, `load_statistics`)."""
 
     def __init__(
-        self, client: Client, keys: Keys, store: SessionStore, postgres: Postgres, hydrator: Hydrator, outbox: Outbox
+        self,
+        client: Client,
+        keys: Keys,
+        store: SessionStore,
+        logs: EventLogs,
+        postgres: Postgres,
+        hydrator: Hydrator,
+        outbox: Outbox,
     ) -> None:
         self._client = client
+        self._logs = logs
         self._keys = keys
         self._store = store
         self._postgres = postgres
@@ -65,6 +74,12 @@ class History:
     async def find_session(self, session_id: str, access: Access, turns: int = 0) -> Hot | Refused | None:
         """A session with its newest hot turns; from Postgres it comes back into Redis first."""
         return await self._hydrator.with_session(session_id, lambda: self._store.read(session_id, access, turns))
+
+    async def find_following(
+        self, session_id: str, turn_id: str, access: Access, after: tuple[int, int] | None
+    ) -> Following | Refused | None:
+        """A turn's events behind a cursor, and how it stands."""
+        return await self._hydrator.with_session(session_id, lambda: self._logs.follow(session_id, turn_id, access, after))
 
     async def find_messages(
         self, session_id: str, access: Access, before: int | None, limit: int
@@ -98,8 +113,8 @@ class History:
         position = after
         while len(stored) < limit:
             rows = await self._postgres.list_sessions(which, position, limit)
-            hot = await gather_bounded(self._find_live(row.session_id) for row in rows)
-            stored += [ListedSession(row, False) for row, is_live in zip(rows, hot, strict=True) if is_live is None]
+            hot = await gather_bounded(self._is_in_redis(row.session_id) for row in rows)
+            stored += [ListedSession(row, False) for row, in_redis in zip(rows, hot, strict=True) if not in_redis]
             if len(rows) < limit:
                 break
             position = (rows[-1].last_activity_at, rows[-1].session_id)
@@ -136,6 +151,10 @@ class History:
         """A session that is in Redis, as an operator sees it."""
         hot = await self._store.read(session_id, OPERATOR)
         return hot.session if isinstance(hot, Hot) else None
+
+    async def _is_in_redis(self, session_id: str) -> bool:
+        """Whether Redis knows the session: live, or erased and not yet so in Postgres."""
+        return not isinstance(await self._store.read(session_id, OPERATOR), Absent)
 
     async def load_statistics(self, agent_id: str | None) -> Statistics:
         """Totals over an agent's sessions (None: all), those included whose records wait for Postgres.

@@ -3,13 +3,14 @@
 Called by the worker. Everything here may run in several workers at once and be repeated.
 """
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from itertools import chain
 from time import monotonic, time
 from typing import Any
 
 import structlog
 
+from persistence.agents import AgentCopies
 from persistence.connection import Client, call, gather_bounded
 from persistence.errors import Damaged
 from persistence.hydrator import Hydrator
@@ -36,7 +37,7 @@ class Housekeeping:
         keys: Keys,
         store: SessionStore,
         postgres: Postgres,
-        hydrator: Hydrator,
+        agents: AgentCopies,
         *,
         session_timeout_s: float,
     ) -> None:
@@ -45,11 +46,12 @@ class Housekeeping:
         self._keys = keys
         self._store = store
         self._postgres = postgres
-        self._hydrator = hydrator
+        self._agents = agents
         self._session_timeout_s = session_timeout_s
         self._cursors = [0] * keys.partitions
         self._trimming = 0
         self._timeouts_at = 0.0
+        self._idle_after: tuple[datetime, str] | None = None
 
     async def run_once(self) -> int:
         """One round; how much was done, so that the caller goes on at once while there is more."""
@@ -96,22 +98,28 @@ class Housekeeping:
         return trimmed
 
     async def time_out(self) -> int:
-        """Marks idle sessions as timed out, one worker at a time; how many were looked at."""
-        looked_at = 0
+        """Marks idle sessions as timed out, one worker at a time; how many were looked at.
+
+        A round goes on where the one before it stopped, so that sessions which cannot time out do not keep others waiting.
+        """
         async with self._postgres.transaction(60) as lock:
             if not (await lock.fetch("try_lock_timeouts"))[0][0]:
                 return 0
+            # Within this transaction: another connection may not be had.
+            hydrator = Hydrator(self._store, lock, self._agents)
             idle = timedelta(seconds=self._session_timeout_s)
-            for row in await lock.fetch("idle_sessions", idle, TIMEOUTS_BATCH):
-                looked_at += 1
-                await self._time_out(row["session_id"])
-        return looked_at
+            rows = await lock.fetch("idle_sessions", idle, *(self._idle_after or (None, None)), TIMEOUTS_BATCH)
+            for row in rows:
+                await self._time_out(hydrator, row["session_id"])
+        last = rows[-1] if len(rows) == TIMEOUTS_BATCH else None
+        self._idle_after = (last["last_activity_at"], last["session_id"]) if last else None
+        return len(rows)
 
-    async def _time_out(self, session_id: str) -> None:
+    async def _time_out(self, hydrator: Hydrator, session_id: str) -> None:
         # Through Redis, where the truth about the session is: it may be running a turn that Postgres has not heard of.
         idle_ms = int(self._session_timeout_s * 1000)
         try:
-            if await self._hydrator.with_session(session_id, lambda: self._store.time_out(session_id, idle_ms)):
+            if await hydrator.with_session(session_id, lambda: self._store.time_out(session_id, idle_ms)):
                 log.info("session.timed_out", session=masked(session_id))
         except Damaged as error:
             log.error("session.damaged", error=str(error))

@@ -6,7 +6,7 @@ from typing import TypeVar
 from persistence.agents import AgentCopies, AgentDefinition
 from persistence.errors import RedisUnavailable
 from persistence.keys import masked
-from persistence.postgres import Postgres
+from persistence.postgres import Postgres, Transaction
 from persistence.sessions import Absent, SessionStore
 
 Outcome = TypeVar("Outcome")
@@ -17,9 +17,9 @@ _DEFAULT = AgentDefinition(graph="echo")
 
 
 class Hydrator:
-    """Reads from Postgres, installs in Redis under the ticket that was given before the reading."""
+    """Reads from Postgres, or within one of its transactions; installs in Redis under the ticket given before that."""
 
-    def __init__(self, store: SessionStore, postgres: Postgres, agents: AgentCopies) -> None:
+    def __init__(self, store: SessionStore, postgres: Postgres | Transaction, agents: AgentCopies) -> None:
         self._store = store
         self._postgres = postgres
         self._agents = agents

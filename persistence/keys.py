@@ -9,6 +9,7 @@ gw:{p}:dead                        stream  permanent                 lua/dead_le
 gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given)
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim
 gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn
+gw:{p}:events:<turn_id>            stream  5 min after its last      lua/append, commit, abort, cancel
 gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
                                                                      guards lua/hydrate and lua/open
 gw:limit:<bucket>                  string  until it is empty         lua/limit
@@ -40,6 +41,7 @@ class Keys:
         self.prefix = prefix
         self.partitions = partitions
         self.meta = f"{prefix}:meta"
+        self.control = f"{prefix}:control"
         self._heads = [f"{prefix}:{{{partition}}}:" for partition in range(partitions)]
 
     def partition(self, session_id: str) -> int:
@@ -64,6 +66,14 @@ class Keys:
 
     def running(self, partition: int) -> str:
         return f"{self._heads[partition]}running"
+
+    def events(self, session_id: str, turn_id: str) -> str:
+        """The log of a turn."""
+        return f"{self.head(session_id)}events:{turn_id}"
+
+    def channel(self, session_id: str) -> str:
+        """Where it is published that something about a session is new; a channel, not a key."""
+        return f"{self.head(session_id)}news:{session_id}"
 
     def agent(self, reference: str) -> str:
         """The hash of an agent's definition (by id) or of the pointer to it (by name)."""

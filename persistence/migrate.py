@@ -54,7 +54,9 @@ async def migrate(postgres: Postgres, migrations: list[Migration]) -> list[Migra
                 raise MigrationError(f"the database has migration {number:04d}_{row['name']}, newer than this version")
             if row["checksum"] != migrations[number - 1].checksum:
                 raise MigrationError(f"migration {number:04d}_{row['name']} has changed since it was applied")
-        pending = [migration for migration in migrations if migration.number not in applied]
+        if sorted(applied) != list(range(1, len(applied) + 1)):
+            raise MigrationError(f"the database lacks a migration before number {max(applied):04d}")
+        pending = migrations[len(applied) :]
         for migration in pending:
             await transaction.run(migration.sql)
             await transaction.fetch("insert_migration", migration.number, migration.name, migration.checksum)

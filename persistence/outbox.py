@@ -68,8 +68,8 @@ class Outbox:
 
         await call(create, 5)
 
-    async def take(self, partition: int, count: int, *, own: bool = False, claim: bool = False) -> Taken:
-        """Up to `count` records: this consumer's own pending ones, or new ones, preceded by dead workers' if `claim`."""
+    async def take(self, partition: int, count: int, *, claim: bool = False) -> Taken:
+        """Up to `count` records: this consumer's own pending ones; if none, new ones, with dead workers' if `claim`."""
         reply = await self._scripts.run(
             "take",
             "",
@@ -78,7 +78,6 @@ class Outbox:
                 "group": GROUP,
                 "consumer": self._consumer,
                 "count": count,
-                "own": int(own),
                 "claim_idle_ms": CLAIM_IDLE_MS if claim else 0,
             },
         )
@@ -93,12 +92,18 @@ class Outbox:
         reply = await self._scripts.run("mark_flushed", "", keys, {"group": GROUP, "records": tokens}, 5)
         return int(reply[1])
 
+    def _session_key(self, partition: int, session_id: str) -> str:
+        """The session's key; for an id that is damaged, or missing, one in the partition's own slot that never exists."""
+        if self._keys.partition(session_id) == partition:
+            return self._keys.session(session_id)
+        return self._keys.outbox(partition).removesuffix("outbox") + "session:"
+
     async def dead_letter(self, partition: int, entry: str, session_id: str, fact: str, reason: str) -> bool:
         """Moves a record aside, with the reason."""
         reply = await self._scripts.run(
             "dead_letter",
             session_id,
-            [self._keys.outbox(partition), self._keys.dead(partition), self._keys.session(session_id)],
+            [self._keys.outbox(partition), self._keys.dead(partition), self._session_key(partition, session_id)],
             {"group": GROUP, "entry": entry, "fact": fact, "reason": reason},
         )
         return bool(reply[0] == "moved")
@@ -124,7 +129,7 @@ class Outbox:
     async def retry_dead(self, letter: DeadLetter) -> bool:
         """Puts a dead letter back on the outbox; whether it was there."""
         partition, session_id = letter.partition, letter.session_id
-        keys = [self._keys.outbox(partition), self._keys.dead(partition), self._keys.session(session_id)]
+        keys = [self._keys.outbox(partition), self._keys.dead(partition), self._session_key(partition, session_id)]
         reply = await self._scripts.run("retry_dead", session_id, keys, {"dead_entry": letter.entry})
         return bool(reply[0] == "queued")
 

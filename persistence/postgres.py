@@ -86,12 +86,8 @@ class Postgres:
     async def transaction(self, timeout_s: float | None = None) -> AsyncIterator["Transaction"]:
         """One transaction, bounded in time. Raises PostgresUnavailable or DataRefused."""
         try:
-            async with asyncio.timeout(timeout_s or self._timeout_s):
-                pool = await self._open()
-                async with pool.acquire() as connection, connection.transaction():
-                    yield Transaction(connection, self._statements)
-        except asyncpg.ClientConfigurationError as error:
-            raise PostgresUnavailable(f"{type(error).__name__}: {error}") from error
+            async with self._connection(timeout_s or self._timeout_s) as connection, connection.transaction():
+                yield Transaction(connection, self._statements)
         except REFUSED as error:
             constraint = getattr(error, "constraint_name", None) or ""
             raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error
@@ -103,6 +99,32 @@ class Postgres:
             asyncpg.InternalClientError,
         ) as error:
             raise PostgresUnavailable(f"{type(error).__name__}: {error}") from error
+
+    @asynccontextmanager
+    async def _connection(self, timeout_s: float) -> AsyncIterator[Connection]:
+        """A connection for a time. When the time is over it is cut off: a server that hangs would not even hear of a
+        rollback, and asyncpg waits for that without a limit. Raises PostgresUnavailable when there is none to be had."""
+        async with asyncio.timeout(timeout_s) as limit:
+            try:
+                pool = await self._open()
+                connection = await pool.acquire()
+            except (
+                OSError,
+                asyncpg.PostgresError,
+                asyncpg.InterfaceError,
+                asyncpg.InternalClientError,
+                ValueError,
+                OverflowError,
+            ) as error:
+                raise PostgresUnavailable(f"{type(error).__name__}: {error}") from error
+            when = limit.when()
+            assert when is not None
+            cut_off = asyncio.get_running_loop().call_at(when - 0.001, connection.terminate)
+            try:
+                yield connection
+            finally:
+                cut_off.cancel()
+                await pool.release(connection, timeout=1)
 
     async def _open(self) -> asyncpg.Pool:
         async with self._opening:
@@ -130,12 +152,7 @@ class Postgres:
     async def find_snapshot(self, session_id: str, hot_turns: int) -> Snapshot | None:
         """A session with up to `hot_turns` of its newest turns."""
         async with self.transaction() as transaction:
-            session = await transaction.find_session(session_id)
-            if session is None:
-                return None
-            first = max(1, session.turns - hot_turns + 1)
-            rows = await transaction.fetch("load_turns", UUID(session.id), first)
-            return Snapshot(session, first, _turns(rows, first, session))
+            return await transaction.find_snapshot(session_id, hot_turns)
 
     async def load_messages(self, session_uuid: str, before: int, limit: int) -> list[StoredMessage]:
         """Up to `limit` messages with a number below `before`, oldest first."""
@@ -205,6 +222,15 @@ class Transaction:
         rows = await self.fetch("find_session", session_id)
         return _session(rows[0]) if rows else None
 
+    async def find_snapshot(self, session_id: str, hot_turns: int) -> Snapshot | None:
+        """A session with up to `hot_turns` of its newest turns."""
+        session = await self.find_session(session_id)
+        if session is None:
+            return None
+        first = max(1, session.turns - hot_turns + 1)
+        rows = await self.fetch("load_turns", UUID(session.id), first)
+        return Snapshot(session, first, _turns(rows, first, session))
+
     async def flush(self, records: Sequence[Record]) -> None:
         """Brings the records into the tables. Flushing a record again changes nothing."""
         erased = [UUID(record.session.id) for record in records if record.session.status == "erased"]
@@ -231,7 +257,8 @@ def _columns(rows: list[tuple[Any, ...]], width: int) -> list[list[Any]]:
 
 
 def _session_row(session: Session) -> tuple[Any, ...]:
-    user_uuid = as_uuid(session.user_id)
+    # Only the canonical form comes back as it was: 32 hex digits are somebody else's kind of id.
+    user_uuid = session.user_id if as_uuid(session.user_id) == session.user_id else None
     return (
         UUID(session.id),
         session.session_id,
@@ -341,10 +368,14 @@ def _turns(rows: Sequence[asyncpg.Record], first: int, session: Session) -> list
     for row in rows:
         by_number.setdefault(row["turn"], []).append(row)
     turns = []
+    seq = session.message_count - len(rows) + 1
     for number in range(first, session.turns + 1):
         if number not in by_number:
             raise Damaged(f"session {masked(session.session_id)}", f"turn {number}", "is missing in Postgres")
         of_turn = by_number[number]
+        if of_turn[0]["seq"] != seq or of_turn[-1]["seq"] != seq + len(of_turn) - 1:
+            raise Damaged(f"session {masked(session.session_id)}", f"turn {number}", "lacks a message in Postgres")
+        seq += len(of_turn)
         raw = of_turn[-1]["turn_metadata"]
         turns.append(
             Turn(

@@ -4,7 +4,8 @@ The JSON of a turn (hash field `t:<n>`) and the fields of a record (outbox entry
 what the one before it wrote. Timestamps are ISO-8601 UTC text with milliseconds, as operators read them.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import UUID
@@ -59,7 +60,8 @@ class Message(msgspec.Struct, omit_defaults=True):
 class Turn(msgspec.Struct, omit_defaults=True):
     """A committed turn. `seq` numbers its first message within the session, from 1; the others follow.
 
-    `metadata` is what the client was answered with, so that a retry gets the same.
+    `metadata` is what the client was answered with, so that a retry gets the same. `fence` is the turn's place among all
+    turns begun, and the epoch of its events; 0 when it came back from Postgres, where it is not kept.
     """
 
     id: str
@@ -67,6 +69,7 @@ class Turn(msgspec.Struct, omit_defaults=True):
     seq: int
     messages: list[Message]
     metadata: dict[str, Any] = {}
+    fence: int = 0
 
 
 class Session(msgspec.Struct, kw_only=True):
@@ -113,6 +116,7 @@ class StoredMessage(Message, kw_only=True):
 _encoder = msgspec.json.Encoder()
 _turn_decoder = msgspec.json.Decoder(Turn)
 _object_decoder = msgspec.json.Decoder(dict[str, Any])
+_FACT = re.compile(r"t:[1-9][0-9]{0,8}|(opened|ended|timeout|erased):[0-9]+")
 _CHANNELS = frozenset(("text", "voice", "phone", ""))
 _STATUSES = frozenset(("active", "ended", "timeout", "erased"))
 
@@ -129,6 +133,8 @@ def iso_from(moment: datetime) -> str:
 
 def moment(text: str) -> datetime:
     """Stored text as a moment. Raises ValueError."""
+    if not text.endswith("Z"):
+        raise ValueError(f"{text!r} is not a time in UTC")
     return datetime.fromisoformat(text)
 
 
@@ -146,7 +152,7 @@ def decode_turn(raw: bytes | None, where: str, field: str) -> Turn:
         raise Damaged(where, field, "is missing")
     try:
         return _turn_decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Damaged(where, field, str(error)) from error
 
 
@@ -162,6 +168,9 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
         field = "format"
         if text[field] != "1":
             raise ValueError(f"{text[field]!r} is not a format this version reads")
+        field = "minted"
+        if text[field] not in ("0", "1"):
+            raise ValueError(f"{text[field]!r} is neither 0 nor 1")
         field = "channel"
         if text[field] not in _CHANNELS:
             raise ValueError(f"{text[field]!r} is no channel")
@@ -194,7 +203,7 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
             turns=numbers["turns"],
             revision=numbers["revision"],
         )
-    except (ValueError, AttributeError, msgspec.DecodeError) as error:
+    except (ValueError, AttributeError, RecursionError, msgspec.DecodeError) as error:
         raise Damaged(where, field, str(error)) from error
 
 
@@ -202,17 +211,31 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
     """A record from an outbox entry's id and its fields as [name, value, ...]. Raises Damaged."""
     where = f"outbox entry {entry.decode(errors='replace')}"
     by_name = dict(zip(fields[::2], fields[1::2], strict=False))
-    try:
-        fact, turn_json = by_name[b"fact"].decode(), by_name[b"turn"]
-        values = [by_name[name.encode()] for name in HEADER]
-    except (KeyError, UnicodeDecodeError) as error:
-        raise Damaged(where, str(error), "is missing or unreadable") from error
-    session = decode_session(values, where)
-    try:
-        UUID(session.id), UUID(session.agent_id)
-        moment(session.started_at), moment(session.last_activity_at), session.ended_at and moment(session.ended_at)
-    except ValueError as error:
-        raise Damaged(where, "id, agent_id or a timestamp", str(error)) from error
+    for name in ("fact", "turn", *HEADER):
+        if name.encode() not in by_name:
+            raise Damaged(where, name, "is missing")
+    fact, turn_json = by_name[b"fact"].decode(errors="replace"), by_name[b"turn"]
+    if not _FACT.fullmatch(fact):
+        raise Damaged(where, "fact", f"{fact[:40]!r} is no fact")
+    session = decode_session([by_name[name.encode()] for name in HEADER], where)
+    if not session.session_id:
+        raise Damaged(where, "session_id", "is empty")
+    checks: tuple[tuple[str, Callable[[str], object]], ...] = (
+        ("id", UUID),
+        ("agent_id", UUID),
+        ("started_at", moment),
+        ("last_activity_at", moment),
+        ("ended_at", moment),
+    )
+    for name, check in checks:
+        value = getattr(session, name)
+        # What is erased needs no more than its id: also a session that lost its agent can be erased.
+        if (name == "ended_at" or (name == "agent_id" and session.status == "erased")) and not value:
+            continue
+        try:
+            check(value)
+        except ValueError as error:
+            raise Damaged(where, name, str(error)) from error
     turn = None
     if fact.startswith("t:"):
         turn = decode_turn(turn_json, where, "turn")

@@ -11,6 +11,7 @@ import msgspec
 
 from persistence.errors import Damaged
 from persistence.keys import GROUP, Keys, masked
+from persistence.logs import Part, log_arguments
 from persistence.records import (
     Session,
     Turn,
@@ -33,6 +34,7 @@ Reason = Literal[
     "backlog_full",
     "queue_full",
     "limited",
+    "reused",
 ]
 
 
@@ -91,10 +93,11 @@ class Replay(msgspec.Struct):
 
 
 class Busy(msgspec.Struct):
-    """Another turn runs; `same_message` when it answers the very same message_id."""
+    """Turn `turn_id` runs; `same_message` when it answers the very same message_id."""
 
     lease_left_ms: int
     same_message: bool
+    turn_id: str
 
 
 class Queued(msgspec.Struct):
@@ -129,12 +132,14 @@ class Opened(msgspec.Struct):
 
 
 class Hot(msgspec.Struct):
-    """A session as Redis has it, with the turns asked for. `ttl_ms` is -1 when it has none."""
+    """A session as Redis has it, with the turns asked for. `ttl_ms` is -1 when it has none, `running` empty when idle."""
 
     session: Session
     ttl_ms: int
     first_hot: int
     flushed: int
+    running: str
+    running_fence: int
     first: int
     turns: list[Turn]
 
@@ -166,17 +171,28 @@ class SessionStore:
         ]
 
     async def begin(
-        self, session_id: str, turn_id: str, access: Access, policy: TurnPolicy, *, message_id: str = ""
+        self,
+        session_id: str,
+        turn_id: str,
+        access: Access,
+        policy: TurnPolicy,
+        *,
+        message_id: str = "",
+        digest: str = "",
     ) -> Begun | Absent | Replay | Busy | Queued | Refused:
-        """Takes the session for a turn. Repeating the call with the same `turn_id` is safe."""
+        """Takes the session for a turn. Repeating the call with the same `turn_id` is safe.
+
+        `digest` is one of the message, so that its `message_id` is not taken for another's while it is being answered.
+        """
         reply = await self._scripts.run(
             "begin",
             session_id,
             self._key(session_id, "outbox", "fence", "running", "ticket"),
             {
                 "turn_id": turn_id,
-                **_access(access),
+                **access_arguments(access),
                 "message_id": message_id,
+                "digest": digest,
                 "lease_ms": self.lease_ms,
                 "hot_turns": policy.hot_turns,
                 "hot_ttl_s": policy.hot_ttl_s,
@@ -187,6 +203,7 @@ class SessionStore:
                 "rate_ms": policy.rate_per_s * 1000,
                 "max_backlog": self._max_backlog,
                 "ticket_ms": TICKET_MS,
+                "channel": self._keys.channel(session_id),
             },
         )
         where = f"session {masked(session_id)}"
@@ -198,8 +215,8 @@ class SessionStore:
                 return Absent(ticket)
             case ["replay", number, header, turn]:
                 return Replay(decode_session(header, where), number, decode_turn(turn, where, f"t:{number}"))
-            case ["busy", left_ms, same]:
-                return Busy(int(left_ms), bool(same))
+            case ["busy", left_ms, same, running]:
+                return Busy(int(left_ms), bool(same), running.decode())
             case ["queued", position]:
                 return Queued(position)
             case ["limited", retry_after_ms]:
@@ -209,16 +226,25 @@ class SessionStore:
         raise Damaged(where, "reply", f"of begin is {reply[0]}")
 
     async def commit(
-        self, session_id: str, turn_id: str, fence: int, number: int, turn: Turn, policy: TurnPolicy, context: str = ""
+        self,
+        session_id: str,
+        turn_id: str,
+        fence: int,
+        number: int,
+        turn: Turn,
+        policy: TurnPolicy,
+        context: str = "",
+        part: Part | None = None,
     ) -> Committed | None:
         """Appends turn `number` and puts its record on the outbox; None when the session was lost to someone else.
 
-        `context` is a JSON object, or empty to leave it as it is. Committing the same turn again adds nothing.
+        `context` is a JSON object, or empty to leave it as it is; `part` is what the turn's log still lacks. Committing
+        the same turn again adds nothing.
         """
         reply = await self._scripts.run(
             "commit",
             session_id,
-            self._key(session_id, "outbox", "live", "running"),
+            [*self._key(session_id, "outbox", "live", "running"), self._keys.events(session_id, turn_id)],
             {
                 "turn_id": turn_id,
                 "fence": fence,
@@ -227,16 +253,18 @@ class SessionStore:
                 "messages": len(turn.messages),
                 "context": context,
                 "hot_turns": policy.hot_turns,
+                **log_arguments(self._keys, session_id, part),
             },
         )
         if reply[0] == "lost":
             return None
         return Committed(reply[1], reply[2].decode())
 
-    async def abort(self, session_id: str, turn_id: str) -> bool:
-        """Gives up a running or waiting turn; whether it was still there."""
-        keys = self._key(session_id, "running")
-        return bool((await self._scripts.run("abort", session_id, keys, {"turn_id": turn_id}))[0] == "aborted")
+    async def abort(self, session_id: str, turn_id: str, fence: int = 0, part: Part | None = None) -> bool:
+        """Gives up a running or waiting turn; whether it was still there. `part` is what its log still lacks."""
+        keys = [*self._key(session_id, "running"), self._keys.events(session_id, turn_id)]
+        arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
+        return bool((await self._scripts.run("abort", session_id, keys, arguments))[0] == "aborted")
 
     async def renew(self, session_id: str, turn_id: str, fence: int) -> bool:
         """Renews the lease of a running turn; False when it is lost."""
@@ -254,7 +282,7 @@ class SessionStore:
             self._key(new.session_id, "outbox", "fence", "live", "ticket"),
             {
                 "id": new.id,
-                **_access(Access(new.agent_id, new.website_domain, authorized)),
+                **access_arguments(Access(new.agent_id, new.website_domain, authorized)),
                 "channel": new.channel,
                 "user_id": new.user_id,
                 "ip_address": new.ip_address,
@@ -277,13 +305,22 @@ class SessionStore:
 
     async def read(self, session_id: str, access: Access, count: int = 0) -> Hot | Absent | Refused:
         """The session, with up to `count` of its newest hot turns."""
-        arguments = {**_access(access), "count": count, "ticket_ms": TICKET_MS}
+        arguments = {**access_arguments(access), "count": count, "ticket_ms": TICKET_MS}
         reply = await self._scripts.run("read", session_id, self._key(session_id, "fence", "ticket"), arguments)
         match reply:
-            case ["read", ttl_ms, first_hot, flushed, first, header, turns]:
+            case ["read", ttl_ms, first_hot, flushed, running, fence, first, header, turns]:
                 where = f"session {masked(session_id)}"
                 decoded = _turns(turns, first, where)
-                return Hot(decode_session(header, where), ttl_ms, first_hot, flushed, first, decoded)
+                return Hot(
+                    decode_session(header, where),
+                    ttl_ms,
+                    first_hot,
+                    flushed,
+                    running.decode(),
+                    int(fence or 0),
+                    first,
+                    decoded,
+                )
             case ["absent", ticket]:
                 return Absent(ticket)
             case _:
@@ -313,7 +350,8 @@ class SessionStore:
     async def end(self, session_id: str, access: Access) -> Session | Absent | Refused:
         """Ends the session for good."""
         keys = self._key(session_id, "outbox", "fence", "running", "ticket")
-        reply = await self._scripts.run("end", session_id, keys, {**_access(access), "ticket_ms": TICKET_MS})
+        arguments = {**access_arguments(access), "ticket_ms": TICKET_MS, "channel": self._keys.channel(session_id)}
+        reply = await self._scripts.run("end", session_id, keys, arguments)
         match reply:
             case ["ended", header]:
                 return decode_session(header, f"session {masked(session_id)}")
@@ -331,8 +369,21 @@ class SessionStore:
     async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
         """Erases the session; returns its UUID."""
         keys = self._key(session_id, "outbox", "fence", "live", "running", "dead", "ticket")
-        arguments = {**_access(access), "group": GROUP, "ticket_ms": TICKET_MS}
-        reply = await self._scripts.run("erase", session_id, keys, arguments)
+        logged = ""
+        while True:
+            # Which logs there are only the session knows, and a script is told its keys beforehand.
+            arguments = {
+                **access_arguments(access),
+                "group": GROUP,
+                "ticket_ms": TICKET_MS,
+                "channel": self._keys.channel(session_id),
+                "logged": logged,
+            }
+            logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
+            reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments)
+            if reply[0] != "logs":
+                break
+            logged = reply[1].decode()
         match reply:
             case ["erased", session_uuid]:
                 return str(session_uuid.decode())
@@ -343,11 +394,13 @@ class SessionStore:
 
     async def reap(self, session_id: str) -> str | None:
         """Lets go of a turn whose lease ran out; its turn_id, or None."""
-        reply = await self._scripts.run("reap", session_id, self._key(session_id, "running"), {})
+        reply = await self._scripts.run(
+            "reap", session_id, self._key(session_id, "running"), {"channel": self._keys.channel(session_id)}
+        )
         return reply[1].decode() if reply[0] == "reaped" else None
 
 
-def _access(access: Access) -> dict[str, str | int]:
+def access_arguments(access: Access) -> dict[str, str | int]:
     return {
         "agent_id": access.agent_id,
         "website_domain": access.website_domain,

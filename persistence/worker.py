@@ -36,7 +36,6 @@ class Worker:
         self._housekeeping = housekeeping
         self._housekeep_s = housekeep_s
         self._stopping = asyncio.Event()
-        self._own_pending = set(outbox.partitions)
         self._claim_at = 0.0
 
     def stop(self) -> None:
@@ -92,15 +91,11 @@ class Worker:
         return sum(done)
 
     async def _flush_partition(self, partition: int, claim: bool) -> int:
-        # Own pending records come first at the start and after any error: until they are dealt with, nothing new is taken.
-        own = partition in self._own_pending
-        taken = await self._outbox.take(partition, BATCH, own=own, claim=claim and not own)
+        taken = await self._outbox.take(partition, BATCH, claim=claim)
         if taken.deleted:
             log.error("outbox.deleted_while_pending", partition=partition, entries=len(taken.deleted))
         if not taken.entries:
-            self._own_pending.discard(partition)
-            return await self._flush_partition(partition, claim) if own else 0
-        self._own_pending.add(partition)
+            return 0
         started = monotonic()
         records: list[Record] = []
         for entry, fields in taken.entries:
@@ -109,8 +104,6 @@ class Worker:
             except Damaged as error:
                 await self._bury(partition, entry, fields, str(error))
         flushed, refused = await self._flush(partition, records)
-        if not own:
-            self._own_pending.discard(partition)
         log.info(
             "outbox.flushed",
             partition=partition,

@@ -1,6 +1,7 @@
 """Real servers, started once; an empty Redis and empty tables for every test; the one rule checked after each."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 import asyncpg
 import httpx
 import pytest
+import structlog
 
 from gateway.app import Pod, Stores, build_pod, build_worker
-from gateway.servers import PostgresServer, RedisServer, free_port
+from gateway.logs import configure_logs
+from gateway.servers import PostgresServer, RedisServer, free_port, share_ports
 from gateway.settings import Settings
 from persistence.agents import Agent, AgentDefinition
 from persistence.migrate import load_migrations, migrate
@@ -18,6 +21,17 @@ from persistence.postgres import Postgres
 from persistence.worker import Worker
 from tests.support.rule import breaches
 from tests.support.serving import ADMIN_KEY, SECRET_KEY, served
+
+# As in production: the same tracebacks, without the time that pretty ones take.
+configure_logs("json", "info")
+# Loggers that are made once and kept could not be captured.
+structlog.configure(cache_logger_on_first_use=False)
+
+# Test processes that run side by side start servers and pods all the time: each has ports of its own.
+share_ports(
+    int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
+    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
+)
 
 TABLES = "agents, agent_sessions, agent_messages, erased_sessions"
 

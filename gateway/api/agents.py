@@ -7,7 +7,6 @@ from starlette.responses import Response
 from gateway.agents import Agents
 from gateway.api.callers import Gatekeeper
 from gateway.api.rendering import answer, check_text, read_body
-from gateway.problems import InvalidField
 from gateway.runtime import Graphs
 from persistence.agents import Agent, AgentDefinition
 
@@ -55,9 +54,7 @@ class AgentsApi:
         self._gatekeeper.require_admin(request)
         definition = await read_body(request, self._decoder, self._max_body_bytes)
         check_text(definition.config, "config")
-        if definition.graph not in self._graphs.names:
-            known = ", ".join(self._graphs.names)
-            raise InvalidField(f"graph: not one of this server's graphs: {known}", field="graph")
+        self._graphs.check(definition)
         agent, created = await self._agents.put(request.path_params["agent_id"], definition)
         return answer(view(agent), 201 if created else 200)
 

@@ -8,13 +8,17 @@ from starlette.responses import Response
 
 from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper
-from gateway.api.rendering import answer, check_text, read_body
+from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.limits import AddressLimiter
-from gateway.problems import AgentInactive, InvalidField
+from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, SessionNotFound, TurnNotFound
 from gateway.runtime import AgentRuntime
-from gateway.turns import TurnRequest
+from gateway.streams import Streams, TurnLog, render
+from gateway.turns import TurnRequest, raise_refusal
+from persistence.agents import Agent, as_uuid
+from persistence.events import EventLogs
+from persistence.history import History
 from persistence.records import Channel
-from persistence.sessions import IfBusy
+from persistence.sessions import Access, Hot, IfBusy, Refused
 
 SessionId = Annotated[str, msgspec.Meta(min_length=16, max_length=255, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
 MessageId = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
@@ -50,6 +54,24 @@ class MessageAnswer(msgspec.Struct):
     metadata: AnswerMetadata
 
 
+class StreamQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """Whose turn."""
+
+    session_id: SessionId
+
+
+class CancelBody(msgspec.Struct, forbid_unknown_fields=True):
+    """Whose turn is to be cancelled."""
+
+    session_id: SessionId
+
+
+class CancelAnswer(msgspec.Struct):
+    """The turn that was cancelled."""
+
+    turn_id: str
+
+
 class ChatApi:
     """Answers messages. `max_message_chars` bounds a message."""
 
@@ -57,6 +79,9 @@ class ChatApi:
         self,
         agents: Agents,
         runtime: AgentRuntime,
+        streams: Streams,
+        history: History,
+        logs: EventLogs,
         gatekeeper: Gatekeeper,
         limiter: AddressLimiter | None,
         *,
@@ -65,14 +90,60 @@ class ChatApi:
     ) -> None:
         self._agents = agents
         self._runtime = runtime
+        self._streams = streams
+        self._history = history
+        self._logs = logs
         self._gatekeeper = gatekeeper
         self._limiter = limiter
         self._max_body_bytes = max_body_bytes
         self._max_message_chars = max_message_chars
         self._decoder = msgspec.json.Decoder(MessageBody)
+        self._cancel_decoder = msgspec.json.Decoder(CancelBody)
 
     async def message(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/message"""
+        agent, turn = await self._read(request)
+        return answer(await self._runtime.execute(agent, turn))
+
+    async def stream(self, request: Request) -> Response:
+        """POST /api/chat/{agent_id}/stream"""
+        agent, turn = await self._read(request)
+        begun = await self._runtime.stream(agent, turn)
+        if isinstance(begun, TurnLog):
+            return event_stream(render(begun, None))
+        access = Access(agent.id, turn.website_domain, turn.authorized)
+        return event_stream(await self._streams.open_turn(turn.session_id, begun.turn_id, access, None))
+
+    async def resume(self, request: Request) -> Response:
+        """GET /api/chat/{agent_id}/turns/{turn_id}/stream"""
+        session_id = read_query(request, StreamQuery).session_id
+        access = await self._access(request, session_id)
+        cursor = read_cursor(request)
+        turn_id = as_uuid(request.path_params["turn_id"])
+        if turn_id is None:
+            raise TurnNotFound
+        return event_stream(await self._streams.open_turn(session_id, turn_id, access, cursor))
+
+    async def cancel(self, request: Request) -> Response:
+        """POST /api/chat/{agent_id}/cancel"""
+        body = await read_body(request, self._cancel_decoder, self._max_body_bytes)
+        access = await self._access(request, body.session_id)
+        hot = await self._history.find_session(body.session_id, access)
+        if isinstance(hot, Refused) and hot.reason != "erased":
+            raise_refusal(hot)
+        if not isinstance(hot, Hot):
+            raise SessionNotFound
+        if not hot.running or await self._logs.cancel(body.session_id, hot.running, access) is not True:
+            raise NoTurnRunning
+        return answer(CancelAnswer(hot.running), 202)
+
+    async def _access(self, request: Request, session_id: str) -> Access:
+        agent = await self._agents.load(request.path_params["agent_id"])
+        caller = Caller(request)
+        return Access(agent.id, caller.website_domain, self._gatekeeper.authorized(caller, session_id, agent.id))
+
+    async def _read(self, request: Request) -> tuple[Agent, TurnRequest]:
+        """The agent and the message of a request that may be answered."""
         body = await read_body(request, self._decoder, self._max_body_bytes)
         self._check(body)
         agent = await self._agents.load(request.path_params["agent_id"])
@@ -83,24 +154,20 @@ class ChatApi:
         authorized = self._gatekeeper.authorized(caller, body.session_id, agent.id)
         if self._limiter is not None:
             self._limiter.admit(caller.ip_address)
-        result = await self._runtime.execute(
-            agent,
-            TurnRequest(
-                session_id=body.session_id,
-                message=body.message,
-                metadata=body.metadata,
-                message_id=body.message_id or "",
-                channel=body.channel,
-                audio_url=body.audio_url,
-                audio_duration_ms=body.audio_duration_ms,
-                if_busy=body.if_busy,
-                website_domain=caller.website_domain,
-                authorized=authorized,
-                ip_address=caller.ip_address,
-                user_agent=caller.user_agent,
-            ),
+        return agent, TurnRequest(
+            session_id=body.session_id,
+            message=body.message,
+            metadata=body.metadata,
+            message_id=body.message_id or _idempotency_key(request),
+            channel=body.channel,
+            audio_url=body.audio_url,
+            audio_duration_ms=body.audio_duration_ms,
+            if_busy=body.if_busy,
+            website_domain=caller.website_domain,
+            authorized=authorized,
+            ip_address=caller.ip_address,
+            user_agent=caller.user_agent,
         )
-        return answer(result)
 
     def _check(self, body: MessageBody) -> None:
         if len(body.message) > self._max_message_chars:
@@ -108,3 +175,14 @@ class ChatApi:
         check_text(body.message, "message")
         check_text(body.metadata, "metadata")
         check_text(body.audio_url, "audio_url")
+
+
+def _idempotency_key(request: Request) -> str:
+    """The Idempotency-Key header, which stands for a message_id in the body."""
+    key = request.headers.get("idempotency-key", "").strip('"')
+    if not key:
+        return ""
+    try:
+        return msgspec.convert(key, MessageId)
+    except msgspec.ValidationError as error:
+        raise InvalidField("Idempotency-Key: 1 to 128 of A-Z a-z 0-9 _ . : -", field="Idempotency-Key") from error

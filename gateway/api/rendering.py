@@ -1,15 +1,17 @@
 """Requests in, answers out: reading bodies and queries with their bounds, rendering answers and problems."""
 
 import re
+from collections.abc import AsyncIterator
 from typing import Any, TypeVar
 
 import msgspec
 import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from uuid_utils.compat import uuid7
 
+from gateway.logs import frames
 from gateway.problems import (
     BodyTooLarge,
     InvalidField,
@@ -20,12 +22,14 @@ from gateway.problems import (
     UnsupportedMediaType,
     problem_of,
 )
+from gateway.streams import Cursor, parse_cursor
 from persistence.errors import PersistenceError
 
 log = structlog.get_logger()
 
 Body = TypeVar("Body")
 
+MAX_DEPTH = 64
 _encoder = msgspec.json.Encoder()
 _FIELD = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*?)`)?$", re.DOTALL)
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
@@ -48,6 +52,20 @@ class ProblemDocument(msgspec.Struct, omit_defaults=True):
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
     return Response(_encoder.encode(value), status, {**NO_STORE, **(headers or {})}, "application/json")
+
+
+def event_stream(events: AsyncIterator[bytes]) -> Response:
+    """Server-Sent Events (WHATWG HTML, section 9.2); no proxy may hold them back."""
+    headers = {**NO_STORE, "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+
+
+def read_cursor(request: Request) -> Cursor | None:
+    """The cursor of the Last-Event-ID header. Raises InvalidField."""
+    try:
+        return parse_cursor(request.headers.get("last-event-id"))
+    except ValueError as error:
+        raise InvalidField(f"Last-Event-ID: {error}", field="Last-Event-ID") from error
 
 
 def problem_response(problem: Problem, request: Request) -> Response:
@@ -106,7 +124,7 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
     """Handler of everything else: a defect. The text of the error stays in the log."""
-    log.error("request.crashed", error=type(error).__name__, request_id=request_id(request), exc_info=error)
+    log.error("request.crashed", error=type(error).__name__, frames=frames(error), request_id=request_id(request))
     return problem_response(Problem(), request)
 
 
@@ -138,9 +156,14 @@ async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]", lim
 def read_query(request: Request, kind: type[Body]) -> Body:
     """The query as a Struct. Raises InvalidField."""
     try:
-        return msgspec.convert(dict(request.query_params), kind, strict=False)
+        query = msgspec.convert(dict(request.query_params), kind, strict=False)
     except msgspec.ValidationError as error:
         raise invalid_field(error) from error
+    for name, value in request.query_params.items():
+        # An agent that cannot exist is not found, as any other that does not.
+        if name != "agent_id":
+            check_text(value, name)
+    return query
 
 
 def invalid_field(error: msgspec.ValidationError) -> InvalidField:
@@ -152,8 +175,11 @@ def invalid_field(error: msgspec.ValidationError) -> InvalidField:
     return InvalidField(f"{field}: {what[0].lower()}{what[1:]}", field=field)
 
 
-def check_text(value: Any, field: str) -> None:
-    """Raises InvalidField when text, at any depth, has a NUL character: Postgres cannot store one."""
+def check_text(value: Any, field: str, depth: int = 0) -> None:
+    """Raises InvalidField for what cannot be stored, or not be read again: NUL characters, and JSON nested too deeply."""
+    if depth > MAX_DEPTH:
+        name = field.partition(".")[0]
+        raise InvalidField(f"{name}: nested more than {MAX_DEPTH} levels deep", field=name)
     match value:
         case str():
             if "\0" in value:
@@ -161,7 +187,7 @@ def check_text(value: Any, field: str) -> None:
         case dict():
             for name, item in value.items():
                 check_text(name, field)
-                check_text(item, f"{field}.{name}")
+                check_text(item, f"{field}.{name}", depth + 1)
         case list():
             for index, item in enumerate(value):
-                check_text(item, f"{field}.{index}")
+                check_text(item, f"{field}.{index}", depth + 1)

@@ -1,6 +1,6 @@
 """The route table: what the server serves, and what its OpenAPI document says. One list, so that they cannot drift."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.api.agents import AgentAnswer, AgentList, AgentsApi
-from gateway.api.chat import ChatApi, MessageAnswer, MessageBody
+from gateway.api.chat import CancelAnswer, CancelBody, ChatApi, MessageAnswer, MessageBody, StreamQuery
 from gateway.api.ops import Alive, OpsApi, Readiness
 from gateway.api.sessions import (
     ListAnswer,
@@ -56,6 +56,45 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             {200: MessageAnswer},
             (*body, 401, 403, 404, 409, 410, 429, 500, 502, 503, 504),
             body=MessageBody,
+            guard="session",
+        ),
+        Endpoint(
+            "POST",
+            "/api/chat/{agent_id}/stream",
+            chat.stream,
+            "Answer a visitor's message as a stream of events",
+            {200: AsyncIterator},
+            (*body, 401, 403, 404, 409, 410, 429, 500, 502, 503, 504),
+            body=MessageBody,
+            guard="session",
+        ),
+        Endpoint(
+            "GET",
+            "/api/chat/{agent_id}/turns/{turn_id}/stream",
+            chat.resume,
+            "Go on with the stream of a turn, behind Last-Event-ID",
+            {200: AsyncIterator},
+            (*session, 422),
+            query=StreamQuery,
+            guard="session",
+        ),
+        Endpoint(
+            "POST",
+            "/api/chat/{agent_id}/cancel",
+            chat.cancel,
+            "Cancel the answer that is being made",
+            {202: CancelAnswer},
+            (*body, *session, 409),
+            body=CancelBody,
+            guard="session",
+        ),
+        Endpoint(
+            "GET",
+            "/api/sessions/{session_id}/events",
+            sessions.events,
+            "Watch a session's turns as they happen",
+            {200: AsyncIterator},
+            (*session, 422),
             guard="session",
         ),
         Endpoint(

@@ -13,7 +13,7 @@ from uuid_utils.compat import uuid7
 from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper
 from gateway.api.chat import SessionId
-from gateway.api.rendering import answer, check_text, read_body, read_query
+from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.auth import SessionToken, SessionTokens
 from gateway.limits import AddressLimiter
 from gateway.problems import (
@@ -25,11 +25,12 @@ from gateway.problems import (
     TokenRequired,
     UserTokenInvalid,
 )
+from gateway.streams import Streams
 from gateway.turns import raise_refusal, session_of
 from persistence.history import History
 from persistence.hydrator import Hydrator
 from persistence.postgres import SessionFilter
-from persistence.records import Channel, Role, Session
+from persistence.records import Channel, Role, Session, iso_from
 from persistence.sessions import Hot, NewSession, Opened, Refused, SessionStore
 
 OPEN_ATTEMPTS = 5
@@ -155,6 +156,7 @@ class SessionsApi:
         store: SessionStore,
         hydrator: Hydrator,
         history: History,
+        streams: Streams,
         gatekeeper: Gatekeeper,
         tokens: SessionTokens,
         limiter: AddressLimiter | None,
@@ -165,6 +167,7 @@ class SessionsApi:
         self._store = store
         self._hydrator = hydrator
         self._history = history
+        self._streams = streams
         self._gatekeeper = gatekeeper
         self._tokens = tokens
         self._limiter = limiter
@@ -249,6 +252,12 @@ class SessionsApi:
         views = [msgspec.convert(message, MessageView, from_attributes=True) for message in page.messages]
         return answer(MessagesAnswer(views, page.next_before))
 
+    async def events(self, request: Request) -> Response:
+        """GET /api/sessions/{session_id}/events"""
+        session_id = _session_id(request)
+        access = self._gatekeeper.access(request, session_id)
+        return event_stream(await self._streams.open_feed(session_id, access, read_cursor(request)))
+
     async def end(self, request: Request) -> Response:
         """POST /api/sessions/{session_id}/end"""
         session_id = _session_id(request)
@@ -288,7 +297,8 @@ class SessionsApi:
         query = read_query(request, ListQuery)
         agent = await self._agents.load(query.agent_id) if query.agent_id else None
         which = SessionFilter(agent.id if agent else None, query.status, query.website_domain, query.channel)
-        listed = await self._history.list_sessions(which, _decode_cursor(query.cursor), query.limit)
+        listed = await self._history.list_sessions(which, _decode_cursor(query.cursor), query.limit + 1)
+        more, listed = len(listed) > query.limit, listed[: query.limit]
         views = [
             ListedAnswer(
                 **msgspec.structs.asdict(_view(one.session)),
@@ -299,7 +309,7 @@ class SessionsApi:
             )
             for one in listed
         ]
-        return answer(ListAnswer(views, _encode_cursor(listed[-1].position) if len(listed) == query.limit else None))
+        return answer(ListAnswer(views, _encode_cursor(listed[-1].position) if more else None))
 
 
 def _session_id(request: Request) -> str:
@@ -341,7 +351,10 @@ def _decode_cursor(cursor: str | None) -> tuple[str, str] | None:
         return None
     try:
         activity, session_id = urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode().split("\n")
-        datetime.fromisoformat(activity)
-    except ValueError as error:
+        # As it was encoded, and nothing that merely resembles it.
+        if iso_from(datetime.fromisoformat(activity)) != activity or activity < "2000":
+            raise ValueError(activity)
+        msgspec.convert(session_id, SessionId)
+    except (ValueError, OverflowError) as error:
         raise InvalidField("cursor: not one of this server's", field="cursor") from error
     return activity, session_id

@@ -3,16 +3,17 @@
 -- session with its newest turns. Repeating it with the same turn_id begins nothing twice.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 running zset, 5 ticket string
--- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0), message_id ('' none),
+-- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0), message_id ('' none), digest (of the message),
 --      lease_ms, hot_turns (how many of the newest turns to return), hot_ttl_s,
 --      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
---      rate_messages (0: no limit) per rate_ms, max_backlog (outbox entries), ticket_ms
+--      rate_messages (0: no limit) per rate_ms, max_backlog (outbox entries), ticket_ms, channel
 -- replies (each followed by session_id and nonce)
 --   begun      fence, now_ms, first turn number returned, header, turns
 --   absent     ticket: hydrate or open under it, then begin again
 --   replay     turn number, header, the turn's JSON: message_id was answered before
---   busy       lease_left_ms, 1 when it is this message_id that runs
+--   busy       lease_left_ms, 1 when it is this message_id that runs, id of the turn that runs
 --   queued     position from 1: ask again
+--   reused     this message_id is being answered for another message
 --   queue_full | ended | erased | foreign | unauthorized | backlog_full
 --   limited    retry_after_ms
 --   damaged    field
@@ -35,8 +36,12 @@ if args.message_id ~= '' and turns > 0 then
   local needle = '"message_id":"' .. args.message_id .. '"'
   for i, turn in ipairs(hot_turns(session_key, first_hot, turns)) do
     -- The search is only a filter: visitors' metadata may contain the same text.
-    if turn and string.find(turn, needle, 1, true) and cjson.decode(turn).message_id == args.message_id then
-      return reply('replay', first_hot + i - 1, header(session), turn)
+    if turn and string.find(turn, needle, 1, true) then
+      local readable, decoded = pcall(cjson.decode, turn)
+      if not readable or type(decoded) ~= 'table' then return reply('damaged', 't:' .. first_hot + i - 1) end
+      if decoded.message_id == args.message_id then
+        return reply('replay', first_hot + i - 1, header(session), turn)
+      end
     end
   end
 end
@@ -62,11 +67,15 @@ end
 
 local lease_until = session.turn ~= '' and from_iso(session.turn_lease_until) or 0
 local busy = lease_until > now
-if busy and args.message_id ~= '' and session.turn_message_id == args.message_id then
-  return reply('busy', lease_until - now, 1)
+local message = args.message_id ~= '' and args.message_id .. ' ' .. args.digest or ''
+if busy and message ~= '' and string.match(session.turn_message_id, '^%S*') == args.message_id then
+  if session.turn_message_id ~= message then return reply('reused') end
+  return reply('busy', lease_until - now, 1, session.turn)
 end
+-- Who interrupts is told whom: cancelling that turn comes first, and its log ends with it.
+if busy and args.if_busy == 'interrupt' then return reply('busy', lease_until - now, 0, session.turn) end
 if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) then
-  if args.if_busy == 'reject' then return reply('busy', math.max(lease_until - now, 0), 0) end
+  if args.if_busy == 'reject' then return reply('busy', math.max(lease_until - now, 0), 0, session.turn) end
   if not position then
     if #waiting >= tonumber(args.max_waiting) then return reply('queue_full') end
     waiting[#waiting + 1] = args.turn_id .. '@' .. string.format('%d', now + args.waiter_ms)
@@ -84,16 +93,17 @@ if tonumber(args.rate_messages) > 0 then
   local tat = math.max(tonumber(rate_tat_ms) or 0, now) + args.rate_ms / args.rate_messages
   local wait = tat - args.rate_ms - now
   if wait > 0 then return reply('limited', math.ceil(wait)) end
-  rate_tat_ms = string.format('%d', math.ceil(tat))
+  rate_tat_ms = string.format('%.3f', tat)
 end
 
 if position then table.remove(waiting, position) end
 local fence = redis.call('INCR', fence_key)
 store(session_key, session, {
   turn = args.turn_id, turn_fence = fence, turn_lease_until = iso(now + args.lease_ms),
-  turn_message_id = args.message_id, waiting = table.concat(waiting, ' '), rate_tat_ms = rate_tat_ms,
+  turn_message_id = message, waiting = table.concat(waiting, ' '), rate_tat_ms = rate_tat_ms,
   hot_ttl_s = args.hot_ttl_s,
 })
 redis.call('PERSIST', session_key)
 redis.call('ZADD', running_key, now + args.lease_ms, args.session_id)
+redis.call('PUBLISH', args.channel, args.turn_id)
 return begun(fence)

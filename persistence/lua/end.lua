@@ -2,7 +2,7 @@
 -- Ends a session for good. A turn that runs on it loses its lease and will not be committed. Repeating it is harmless.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 running zset, 5 ticket string
--- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), ticket_ms
+-- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), ticket_ms, channel
 -- replies (each followed by session_id and nonce)
 --   ended   header
 --   absent  ticket
@@ -21,6 +21,7 @@ if refused then return reply(refused) end
 if session.status ~= 'ended' then
   store(session_key, session, {status = 'ended', ended_at = iso(now_ms()), waiting = ''})
   release(session_key, running_key, session)
+  redis.call('PUBLISH', args.channel, '')
   emit(session_key, outbox_key, session, 'ended:' .. session.revision + 1, '')
 end
 return reply('ended', header(session))

@@ -2,14 +2,19 @@
 -- Erases a session: its hash, its records still in the outbox, its dead letters. What stays until Postgres has erased it
 -- too is a hash without content and with the status `erased`, so that nobody finds the old rows in the meantime.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 live zset, 5 running zset, 6 dead stream, 7 ticket string
--- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), group, ticket_ms
+-- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 live zset, 5 running zset, 6 dead stream, 7 ticket string,
+--      8 ... events streams of the turns named by args.logged
+-- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), group, ticket_ms, channel,
+--      logged (the session's field of that name, as the caller knows it)
 -- replies (each followed by session_id and nonce)
 --   erased  id (uuid), also when it was erased before
+--   logs    the field `logged`, which is another one: call again with it and its keys
 --   absent  ticket
 --   foreign | unauthorized
 local session_key, outbox_key, fence_key, live_key, running_key, dead_key, ticket_key =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local events_keys = {}
+for i = 8, #KEYS do events_keys[i - 7] = KEYS[i] end
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -21,6 +26,10 @@ if refused then return reply(refused) end
 -- A damaged session can be erased as long as its id can be read.
 if not session.id or session.id == '' then return reply('damaged', 'id') end
 
+local logged = redis.call('HGET', session_key, 'logged') or ''
+if logged ~= args.logged then return reply('logs', logged) end
+for index in ipairs(events_keys) do redis.call('DEL', events_keys[index]) end
+
 for entry in string.gmatch(session.unflushed or '', '@(%S+)') do
   redis.call('XACK', outbox_key, args.group, entry)
   redis.call('XDEL', outbox_key, entry)
@@ -28,18 +37,24 @@ end
 for entry in string.gmatch(redis.call('HGET', session_key, 'dead') or '', '@(%S+)') do
   redis.call('XDEL', dead_key, entry)
 end
-local revision = tonumber(session.revision) or 0
+local revision = whole(session.revision) or 0
+-- What is damaged is not handed on: the record has to be readable.
+local agent_id = string.match(session.agent_id or '', '^[%x%-]*$') or ''
+local website_domain = string.match(session.website_domain or '', '^[%w%.%-:_]*$') or ''
+local minted = session.minted == '1' and '1' or '0'
 redis.call('DEL', session_key, ticket_key)
 redis.call('ZREM', live_key, args.session_id)
 redis.call('ZREM', running_key, args.session_id)
 local now, tombstone = iso(now_ms()), {}
 store(session_key, tombstone, {
-  format = '1', id = session.id, session_id = args.session_id, agent_id = session.agent_id or '', channel = '',
-  status = 'erased', user_id = '', website_domain = session.website_domain or '', ip_address = '', user_agent = '',
+  format = '1', id = session.id, session_id = args.session_id, agent_id = agent_id, channel = '',
+  status = 'erased', user_id = '', website_domain = website_domain, ip_address = '', user_agent = '',
   started_at = now, last_activity_at = now, ended_at = now, message_count = 0, context = '{}', metadata = '{}',
-  minted = session.minted or '0', turns = 0, revision = revision, first_hot = 1, flushed = 0, unflushed = '',
+  minted = minted, turns = 0, revision = revision, first_hot = 1, flushed = 0, unflushed = '',
   hot_ttl_s = 1, turn = '', turn_fence = '', turn_lease_until = '', turn_message_id = '', waiting = '',
   rate_tat_ms = '',
 })
 emit(session_key, outbox_key, tombstone, 'erased:' .. revision + 1, '')
+-- Who follows a turn, or the session, learns that it is gone.
+redis.call('PUBLISH', args.channel, '')
 return reply('erased', session.id)

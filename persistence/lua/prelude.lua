@@ -48,7 +48,9 @@ local function from_iso(text)
   local year, month, day, hour, minute, second, ms =
     string.match(text or '', '^(%d+)-(%d+)-(%d+)T(%d+):(%d+):(%d+)%.(%d+)Z$')
   if not year then return nil end
-  year, month = tonumber(year), tonumber(month)
+  year, month, day = tonumber(year), tonumber(month), tonumber(day)
+  if month < 1 or month > 12 or day < 1 or day > 31 or tonumber(hour) > 23 or tonumber(minute) > 59
+    or tonumber(second) > 59 then return nil end
   if month <= 2 then year = year - 1 end
   local era = math.floor(year / 400)
   local yoe = year - era * 400
@@ -70,14 +72,20 @@ local function load(key)
     if values[i] then found = true end
   end
   if not found and redis.call('EXISTS', key) == 0 then return nil end
+  session.key, session.size = key, redis.call('HLEN', key)
   return session
+end
+
+-- A whole number that is not negative, as scripts write it; else nil ('nan', 'inf' and '1e300' are numbers to Lua).
+local function whole(text)
+  return text and #text <= 15 and string.match(text, '^%d+$') and tonumber(text) or nil
 end
 
 -- The name of a field that is missing or unreadable, or nil. Damage is never taken for absence.
 local function damage(session)
   if session.format ~= '1' then return 'format' end
   for _, name in ipairs({'message_count', 'turns', 'revision', 'first_hot', 'flushed', 'hot_ttl_s'}) do
-    if not tonumber(session[name]) then return name end
+    if not whole(session[name]) then return name end
   end
   for _, name in ipairs(HEADER) do
     if not session[name] then return name end
@@ -85,7 +93,26 @@ local function damage(session)
   for _, name in ipairs(STATE) do
     if not session[name] then return name end
   end
-  if not from_iso(session.last_activity_at) then return 'last_activity_at' end
+  local uuid = '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$'
+  if not string.match(session.id, uuid) then return 'id' end
+  if session.status ~= 'erased' and not string.match(session.agent_id, uuid) then return 'agent_id' end
+  local tail = ':session:' .. session.session_id
+  if string.sub(session.key, -#tail) ~= tail then return 'session_id' end
+  if session.minted ~= '0' and session.minted ~= '1' then return 'minted' end
+  for _, name in ipairs({'started_at', 'last_activity_at'}) do
+    if not from_iso(session[name]) then return name end
+  end
+  if session.ended_at ~= '' and not from_iso(session.ended_at) then return 'ended_at' end
+  local turns, first_hot = tonumber(session.turns), tonumber(session.first_hot)
+  if tonumber(session.flushed) > turns then return 'flushed' end
+  if first_hot < 1 or first_hot > turns + 1 then return 'first_hot' end
+  if turns - first_hot + 1 > session.size then return 'turns' end
+  if tonumber(session.hot_ttl_s) < 1 then return 'hot_ttl_s' end
+  if session.turn ~= '' then
+    if not whole(session.turn_fence) then return 'turn_fence' end
+    if not from_iso(session.turn_lease_until) then return 'turn_lease_until' end
+  end
+  if session.rate_tat_ms ~= '' and not string.match(session.rate_tat_ms, '^%d+%.?%d*$') then return 'rate_tat_ms' end
   return nil
 end
 
@@ -98,10 +125,11 @@ local function refusal(session, args)
   return nil
 end
 
--- The reply for a session that is not in Redis: a ticket to install what Postgres has of it.
--- Only the newest ticket is good, and nothing that was read before it was given can be installed under it.
+-- The reply for a session that is not in Redis: a ticket to install what Postgres has of it. All who ask while it is absent
+-- share one, for Postgres learns nothing new about it meanwhile; whoever installs or creates it uses the ticket up, and
+-- nothing that was read before can be installed afterwards.
 local function absent(fence_key, ticket_key, args)
-  local ticket = redis.call('INCR', fence_key)
+  local ticket = tonumber(redis.call('GET', ticket_key) or redis.call('INCR', fence_key))
   redis.call('SET', ticket_key, ticket, 'PX', args.ticket_ms)
   return {'absent', args.session_id, args.nonce, ticket}
 end
@@ -166,4 +194,55 @@ local function hot_turns(key, first, last)
     for _, turn in ipairs(redis.call('HMGET', key, unpack(names))) do turns[#turns + 1] = turn end
   end
   return turns
+end
+
+-- The log of a turn is a stream. An entry holds some events, numbered without gaps, as `session` (whose they are),
+-- `first` (the number of the first) and `events` (a JSON array); its id is `<fence>-<number of the last>`, which is the
+-- last one's cursor.
+
+-- The number of the last event in a log, 0 when there is none.
+local function log_tail(events_key)
+  local tail = redis.call('XREVRANGE', events_key, '+', '-', 'COUNT', 1)
+  return tail[1] and tonumber(string.match(tail[1][1], '%-(%d+)$')) or 0
+end
+
+-- Notes in the session that a turn of it has a log, so that erasing it finds them all: the newest LOGGED of them.
+local LOGGED = 50
+local function note_log(session_key, turn_id)
+  local logged = redis.call('HGET', session_key, 'logged') or ''
+  if string.find(logged, turn_id, 1, true) then return end
+  local ids = {}
+  for id in string.gmatch(logged .. ' ' .. turn_id, '%S+') do ids[#ids + 1] = id end
+  redis.call('HSET', session_key, 'logged', table.concat(ids, ' ', math.max(1, #ids - LOGGED + 1)))
+end
+
+-- Appends what args.events says, and wakes those who follow the session.
+local function append_log(session_key, events_key, args)
+  note_log(session_key, args.turn_id)
+  redis.call('XADD', events_key, args.fence .. '-' .. args.last,
+    'session', args.session_id, 'first', args.first, 'events', args.events)
+  if tonumber(args.keep_from) > 1 then
+    redis.call('XTRIM', events_key, 'MINID', args.fence .. '-' .. args.keep_from)
+  end
+  redis.call('PEXPIRE', events_key, args.log_ttl_ms)
+  redis.call('PUBLISH', args.channel, args.turn_id)
+end
+
+-- Ends a log together with its turn: appends what it lacks, if it is one that streams, and wakes those who follow.
+local function finish_log(session_key, events_key, args)
+  if args.events == '' then
+    redis.call('PUBLISH', args.channel, args.turn_id)
+  elseif log_tail(events_key) < tonumber(args.last) then
+    append_log(session_key, events_key, args)
+  end
+end
+
+-- Ends a log from outside with one more event. A turn that has not stored any, or streams nothing, gets a log of this one.
+local function end_log(session_key, events_key, fence, event, args)
+  note_log(session_key, args.turn_id)
+  local last = string.format('%d', log_tail(events_key) + 1)
+  redis.call('XADD', events_key, fence .. '-' .. last,
+    'session', args.session_id, 'first', last, 'events', '[' .. event .. ']')
+  redis.call('PEXPIRE', events_key, args.log_ttl_ms)
+  redis.call('PUBLISH', args.channel, args.turn_id)
 end

@@ -5,7 +5,8 @@
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
 --      count (how many of the newest turns are wanted), ticket_ms
 -- replies (each followed by session_id and nonce)
---   read    ttl_ms (-1: none), first_hot, flushed, first turn number returned, header, turns
+--   read    ttl_ms (-1: none), first_hot, flushed, id and fence of the turn that runs ('' none), first turn number
+--           returned, header, turns
 --   absent  ticket
 --   erased | foreign | unauthorized
 --   damaged field
@@ -22,5 +23,6 @@ if refused then return reply(refused) end
 
 local first_hot, last = tonumber(session.first_hot), tonumber(session.turns)
 local first = math.max(first_hot, last - args.count + 1)
-return reply('read', redis.call('PTTL', session_key), first_hot, tonumber(session.flushed), first, header(session),
+return reply('read', redis.call('PTTL', session_key), first_hot, tonumber(session.flushed), session.turn, session.turn_fence,
+  first, header(session),
   hot_turns(session_key, first, last))

@@ -2,7 +2,7 @@
 -- Lets go of a turn whose lease ran out: its pod is dead or stalled, and will not commit.
 --
 -- KEYS 1 session hash, 2 running zset
--- ARGV session_id, nonce
+-- ARGV session_id, nonce, channel
 -- replies (each followed by session_id and nonce)
 --   reaped  turn_id
 --   kept    the lease is good, or nothing ran
@@ -19,4 +19,5 @@ local now, turn_id = now_ms(), session.turn
 if from_iso(session.turn_lease_until) > now then return reply('kept') end
 release(session_key, running_key, session)
 settle(session_key, session, now)
+redis.call('PUBLISH', args.channel, turn_id)
 return reply('reaped', turn_id)

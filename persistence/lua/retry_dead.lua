@@ -36,7 +36,7 @@ end
 local entry = redis.call('XADD', outbox_key, '*', unpack(record))
 redis.call('XDEL', dead_key, args.dead_entry)
 local lists = redis.call('HMGET', session_key, 'unflushed', 'dead')
-if lists[1] then
+if lists[1] and fact and was then
   redis.call('HSET', session_key, 'unflushed', replace(lists[1], fact .. '@' .. was, fact .. '@' .. entry),
     'dead', replace(lists[2], fact .. '@' .. args.dead_entry, ''))
 end

@@ -1,7 +1,9 @@
--- Active sessions without activity for a time, the longest idle first.
--- $1 interval, $2 int (limit)
-SELECT session_id
+-- Active sessions without activity for a time, from behind a place in their order: the longest idle first.
+-- $1 interval, $2 timestamptz and $3 text (activity and session_id of the last one seen, null from the beginning),
+-- $4 int (limit)
+SELECT session_id, last_activity_at
 FROM agent_sessions
 WHERE status = 'active' AND last_activity_at < now() - $1::interval
-ORDER BY last_activity_at
-LIMIT $2
+    AND ($2::timestamptz IS NULL OR (last_activity_at, session_id COLLATE "C") > ($2, $3))
+ORDER BY last_activity_at, session_id COLLATE "C"
+LIMIT $4

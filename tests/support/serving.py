@@ -47,10 +47,12 @@ async def served(pod: Pod) -> AsyncIterator[httpx.AsyncClient]:
     await wait_for(lambda: server.started or task.done(), "the pod starts")
     if task.done():
         await task
-    async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=40) as client:
-        yield client
-    server.should_exit = True
-    await task
+    try:
+        async with httpx.AsyncClient(base_url=f"http://{HOST}:{port}", timeout=40) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        await task
 
 
 class GatewayProcess:
@@ -103,9 +105,12 @@ class GatewayProcess:
         assert self.process.poll() is None, f"the pod ended with {self.process.returncode}: {self.output()}"
         async with httpx.AsyncClient() as client:
             try:
-                return (await client.get(f"{self.url}/healthz")).status_code == 200
+                answered = (await client.get(f"{self.url}/healthz")).status_code == 200
             except httpx.TransportError:
                 return False
+        # It may be another program that answered, and this one that could not listen.
+        assert self.process.poll() is None, f"the pod ended with {self.process.returncode}: {self.output()}"
+        return answered
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

@@ -1,0 +1,176 @@
+"""Measures on servers of its own: how soon streamed text arrives, and what open streams cost.
+
+`scripts/bench streams` runs the graph by itself and behind a pod in turn, in one run, and prints medians.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import uvloop
+from redis.asyncio import Redis
+
+from gateway.runtime import Graphs, load_graphs
+from gateway.servers import HOST, PostgresServer, RedisServer, free_port
+from gateway.turns import GraphInput
+from persistence.agents import Agent, AgentDefinition
+
+KEY = "a key of the bench's own, 32 characters"
+CHUNKS = 20
+DELAY_MS = 200
+AGENT = AgentDefinition(graph="echo", config={"chunks": CHUNKS, "delay_ms": DELAY_MS}, rate_limit=None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    streams = commands.add_parser("streams", help="first token, and the cost of open streams")
+    streams.add_argument("--rounds", type=int, default=200, help="turns measured each way (200)")
+    streams.add_argument("--open", type=int, default=500, help="idle streams held open (500)")
+    streams.set_defaults(run=measure_streams)
+    options = parser.parse_args()
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(options.run(options))
+
+
+@contextmanager
+def pod() -> Iterator[tuple[int, int, RedisServer]]:
+    """A pod as a process, with stores of its own: its port, its process id, its Redis."""
+    with tempfile.TemporaryDirectory() as folder:
+        # PostgreSQL may run as another user than this one.
+        Path(folder).chmod(0o755)
+        redis = RedisServer(Path(folder) / "redis", free_port())
+        postgres = PostgresServer(Path(folder) / "postgres", free_port(), database="gateway")
+        with redis, postgres:
+            port = free_port()
+            environment = {
+                **{name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")},
+                "GATEWAY_REDIS_URL": redis.url,
+                "GATEWAY_DATABASE_URL": postgres.url,
+                "GATEWAY_SECRET_KEY": KEY,
+                "GATEWAY_ADMIN_KEY": KEY,
+                "GATEWAY_PORT": str(port),
+                "GATEWAY_ADDRESS_RATE_LIMIT": "off",
+            }
+            gateway = [sys.executable, "-m", "gateway"]
+            subprocess.run([*gateway, "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
+            with (Path(folder) / "pod.log").open("wb") as log:
+                process = subprocess.Popen([*gateway, "serve"], env=environment, stderr=log)
+                try:
+                    yield port, process.pid, redis
+                finally:
+                    process.terminate()
+                    process.wait(30)
+
+
+@asynccontextmanager
+async def request(
+    port: int, method: str, path: str, body: object = None, headers: Mapping[str, str] = {}
+) -> AsyncIterator[asyncio.StreamReader]:
+    """One HTTP request on a connection of its own; gives the reader behind the answer's headers."""
+    reader, writer = await asyncio.open_connection(HOST, port)
+    content = b"" if body is None else json.dumps(body).encode()
+    fields = {"Host": HOST, "Content-Type": "application/json", "Content-Length": str(len(content)), **headers}
+    head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+    writer.write(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + content)
+    try:
+        answer = (await reader.readuntil(b"\r\n\r\n")).decode()
+        if not answer.split(" ")[1].startswith("2"):
+            raise RuntimeError(f"{method} {path}: {answer.splitlines()[0]}")
+        yield reader
+    finally:
+        writer.close()
+
+
+async def measure_streams(options: argparse.Namespace) -> None:
+    """Prints the first token's time by the graph alone and behind a pod, and the memory of idle streams."""
+    with pod() as (port, process_id, redis):
+        for _ in range(200):
+            try:
+                async with request(port, "GET", "/healthz"):
+                    break
+            except OSError:
+                await asyncio.sleep(0.1)
+        definition = {"graph": "echo", "config": AGENT.config, "rate_limit": None}
+        async with request(port, "PUT", "/api/agents/bench", definition, {"Authorization": f"Bearer {KEY}"}):
+            pass
+        graphs = await load_graphs(None)
+        alone, served = [], []
+        for number in range(options.rounds + 5):
+            times = await first_token_alone(graphs), await first_token_served(port, number)
+            # The first few warm up.
+            if number >= 5:
+                alone.append(times[0])
+                served.append(times[1])
+        print(f"first token, median of {options.rounds} turns each way, in turn:")
+        print(f"  the graph alone      {median(alone):7.2f} ms")
+        print(f"  behind the gateway   {median(served):7.2f} ms   (request sent to first text.delta read)")
+        print(f"  difference           {median(served) - median(alone):7.2f} ms")
+        await idle_streams(port, process_id, redis, options.open)
+
+
+async def first_token_alone(graphs: Graphs) -> float:
+    """Milliseconds from the call of the graph to its first text."""
+    began = perf_counter()
+    first: list[float] = []
+
+    def emit(kind: str, data: object) -> None:
+        if kind == "text.delta" and not first:
+            first.append((perf_counter() - began) * 1000)
+
+    graph_input = GraphInput([], "Hello there", "1", {}, {}, "session_of_the_bench", "text")
+    await graphs.run(Agent("id", "bench", AGENT), graph_input, emit)
+    return first[0]
+
+
+async def first_token_served(port: int, number: int) -> float:
+    """Milliseconds from sending the request, on a connection that is open, to its first text.
+
+    The session is there already, as it is for every message but a visitor's first.
+    """
+    body = {"message": "Hello there", "session_id": f"session_bench_{number % 10:06d}"}
+    began = perf_counter()
+    async with request(port, "POST", "/api/chat/bench/stream", body) as reader:
+        await reader.readuntil(b"event: text.delta\n")
+        first = (perf_counter() - began) * 1000
+        await reader.readuntil(b"event: turn.completed\n")
+    return first
+
+
+def resident_kb(process_id: int) -> int:
+    """Resident memory of a process in KB."""
+    status = Path(f"/proc/{process_id}/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmRSS"))
+
+
+async def idle_streams(port: int, process_id: int, redis: RedisServer, count: int) -> None:
+    """Prints what `count` idle streams of sessions cost a pod."""
+    for number in range(10):
+        await first_token_served(port, number)
+    client = Redis.from_url(redis.url, protocol=2)
+    before = resident_kb(process_id)
+    async with AsyncExitStack() as stack:
+        for number in range(count):
+            path = f"/api/sessions/session_bench_{number % 10:06d}/events"
+            await stack.enter_async_context(request(port, "GET", path))
+        await asyncio.sleep(2)
+        after = resident_kb(process_id)
+        subscribers = [one for one in await client.client_list() if int(one["sub"]) > 0]
+        everything = len(await client.client_list())
+        print(f"{count} idle streams of sessions on one pod:")
+        print(f"  memory               {(after - before) / count:7.1f} KB each")
+        print(f"  Redis connections    {everything - 1:4d} in all, {len(subscribers)} subscribed")
+    await client.aclose()
+
+
+if __name__ == "__main__":
+    main()

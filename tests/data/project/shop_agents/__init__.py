@@ -1,0 +1,1 @@
+"""A package of the operator's, as a project of several modules has one."""

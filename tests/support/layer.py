@@ -1,0 +1,179 @@
+"""The Redis layer alone, for tests: no HTTP and no Postgres. What was flushed is what the test took off the outbox."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Any
+
+from uuid_utils.compat import uuid7
+
+from persistence.connection import Client, check_server, connect
+from persistence.keys import Keys
+from persistence.outbox import Outbox
+from persistence.records import Message, Record, Session, Turn, decode_record, iso
+from persistence.scripts import Scripts
+from persistence.sessions import Absent, Access, Begun, Committed, Hot, NewSession, Opened, SessionStore, TurnPolicy
+from tests.support.rule import all_keys, breaches
+
+AGENT_ID = "01900000-0000-7000-8000-00000000a9e1"
+DOMAIN = "shop.example"
+ACCESS = Access(AGENT_ID, DOMAIN)
+OPERATOR = Access(authorized=True)
+POLICY = TurnPolicy(hot_turns=25, hot_ttl_s=1800)
+
+_numbers = count(1_000_000_000_000)
+
+
+def new_id() -> str:
+    """A session id as a browser makes one up; another one at every call."""
+    return f"session_{next(_numbers)}_abc123xyz"
+
+
+def new_session(session_id: str, **changed: Any) -> NewSession:
+    """What a session is created with; `user_agent` tells whose it is."""
+    fields: dict[str, Any] = {
+        "id": str(uuid7()),
+        "session_id": session_id,
+        "agent_id": AGENT_ID,
+        "channel": "text",
+        "website_domain": DOMAIN,
+        "user_id": "",
+        "ip_address": "192.0.2.1",
+        "user_agent": f"browser of {session_id}",
+        "metadata": {"page": "/"},
+        "minted": False,
+        "hot_ttl_s": 1800,
+    }
+    return NewSession(**{**fields, **changed})
+
+
+def new_turn(begun: Begun, turn_id: str, message_id: str = "", text: str = "Hello") -> Turn:
+    """The turn that answers `text`, with the numbers that follow what `begin` gave."""
+    at = iso(begun.now_ms)
+    messages = [
+        Message(str(uuid7()), "user", text, at),
+        Message(str(uuid7()), "assistant", f"You said: {text}", at),
+    ]
+    return Turn(turn_id, message_id or None, begun.session.message_count + 1, messages)
+
+
+class Layer:
+    """The Redis layer on one server, and the steps that tests need all the time."""
+
+    def __init__(
+        self, client: Client, keys: Keys, scripts: Scripts | None = None, *, lease_ms: int = 15_000, max_backlog: int = 1000
+    ) -> None:
+        self.client = client
+        self.keys = keys
+        self.scripts = scripts or Scripts(client)
+        self.sessions = SessionStore(self.scripts, keys, lease_ms=lease_ms, max_backlog=max_backlog)
+        self.outbox = Outbox(client, self.scripts, keys, "tester")
+
+    async def open(self, session_id: str = "", **changed: Any) -> Session:
+        """A new session."""
+        new = new_session(session_id or new_id(), **changed)
+        opened = await self.sessions.open(new)
+        if isinstance(opened, Absent):
+            opened = await self.sessions.open(new, ticket=opened.ticket)
+        assert isinstance(opened, Opened), opened
+        assert opened.created
+        return opened.session
+
+    async def begin(
+        self, session_id: str, turn_id: str = "", policy: TurnPolicy = POLICY, message_id: str = ""
+    ) -> tuple[Begun, str]:
+        """A turn that holds the session, and its id."""
+        turn_id = turn_id or str(uuid7())
+        begun = await self.sessions.begin(session_id, turn_id, ACCESS, policy, message_id=message_id)
+        assert isinstance(begun, Begun), begun
+        return begun, turn_id
+
+    async def commit(
+        self, session_id: str, begun: Begun, turn: Turn, policy: TurnPolicy = POLICY, context: str = ""
+    ) -> Committed | None:
+        """Commits what `begun` began."""
+        number = begun.session.turns + 1
+        return await self.sessions.commit(session_id, turn.id, begun.fence, number, turn, policy, context)
+
+    async def chat(
+        self, session_id: str, text: str = "Hello", message_id: str = "", policy: TurnPolicy = POLICY, context: str = ""
+    ) -> Turn:
+        """A whole turn."""
+        begun, turn_id = await self.begin(session_id, policy=policy, message_id=message_id)
+        turn = new_turn(begun, turn_id, message_id, text)
+        assert await self.commit(session_id, begun, turn, policy, context) is not None
+        return turn
+
+    async def take(self, partition: int = 0) -> list[Record]:
+        """What is new on the outbox."""
+        return [decode_record(*entry) for entry in (await self.outbox.take(partition, 1000)).entries]
+
+    async def flush(self, partition: int = 0) -> list[Record]:
+        """Says of all that is new on the outbox that Postgres has it."""
+        records = await self.take(partition)
+        if records:
+            await self.outbox.mark_flushed(partition, records)
+        return records
+
+    async def read(self, session_id: str, turns: int = 1000) -> Hot:
+        """The session as an operator sees it, with its hot turns."""
+        hot = await self.sessions.read(session_id, OPERATOR, turns)
+        assert isinstance(hot, Hot), hot
+        return hot
+
+    async def fields(self, session_id: str) -> dict[str, str]:
+        """The session hash."""
+        found = await self.client.execute_command("HGETALL", self.keys.session(session_id))
+        return {name.decode(): value.decode(errors="replace") for name, value in found.items()}
+
+    async def set(self, session_id: str, /, **fields: str | bytes | int) -> None:
+        """Writes fields of the session hash behind the scripts' back."""
+        flat = [part for pair in fields.items() for part in pair]
+        await self.client.execute_command("HSET", self.keys.session(session_id), *flat)
+
+    async def has_ttl(self, session_id: str) -> bool:
+        """Whether the session hash has a TTL. Fails when there is no hash."""
+        ttl = await self.client.execute_command("PTTL", self.keys.session(session_id))
+        assert ttl != -2, "there is no such session"
+        return bool(ttl != -1)
+
+    async def evict(self, session_id: str) -> None:
+        """What volatile-lru may do: the session leaves Redis, which it must be ready for."""
+        assert await self.has_ttl(session_id), "Redis evicts nothing that has no TTL"
+        await self.client.execute_command("DEL", self.keys.session(session_id))
+
+    async def redis_ms(self) -> int:
+        """Redis' clock."""
+        seconds, microseconds = await self.client.execute_command("TIME")
+        return int(seconds) * 1000 + int(microseconds) // 1000
+
+    async def dump(self) -> dict[str, Any]:
+        """All that is under the prefix, by key; of a TTL only whether there is one."""
+        readers = {
+            b"hash": ("HGETALL",),
+            b"stream": ("XRANGE", "-", "+"),
+            b"zset": ("ZRANGE", 0, -1, "WITHSCORES"),
+            b"string": ("GET",),
+        }
+        found = {}
+        for key in await all_keys(self.client, self.keys):
+            command, *rest = readers[await self.client.execute_command("TYPE", key)]
+            ttl = await self.client.execute_command("PTTL", key)
+            found[key] = (await self.client.execute_command(command, key, *rest), ttl != -1)
+        return found
+
+
+@asynccontextmanager
+async def redis_layer(url: str, *, checked: bool = True, **settings: Any) -> AsyncIterator[Layer]:
+    """The layer on an emptied single Redis; at the end the one rule is checked, unless the test broke it on purpose."""
+    client = connect(url)
+    await client.flushall()
+    layer = Layer(client, Keys("gw", 1), **settings)
+    await check_server(client, layer.keys)
+    await layer.outbox.create_groups()
+    try:
+        yield layer
+        wrong = await breaches(client, layer.keys) if checked else []
+        assert not wrong, "the one rule of the hot store: " + "; ".join(wrong)
+    finally:
+        await client.aclose()
