@@ -113,9 +113,11 @@ class Worker:
         )
         return len(taken.entries)
 
-    async def _flush(self, partition: int, records: Sequence[Record]) -> tuple[int, int]:
+    async def _flush(self, partition: int, records: Sequence[Record], *, again: bool = False) -> tuple[int, int]:
         """Flushes records in one transaction; on an error of the data halves them until the bad ones stand alone.
 
+        One that stands alone is tried `again` before it is given up: when two workers insert the same new session at the
+        same moment, Postgres may refuse one of them for the unique key that ON CONFLICT does not name, and only then.
         Returns how many were flushed and how many refused.
         """
         if not records:
@@ -124,6 +126,8 @@ class Worker:
             async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:
                 await transaction.flush(records)
         except DataRefused as error:
+            if len(records) == 1 and not again:
+                return await self._flush(partition, records, again=True)
             if len(records) == 1:
                 record = records[0]
                 await self._outbox.dead_letter(partition, record.entry, record.session.session_id, record.fact, str(error))

@@ -1,10 +1,11 @@
 """The write-behind worker: exactly once, in any order, around poison, and through the death of a worker at any step."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import asyncpg
 import msgspec
 import pytest
 
@@ -14,7 +15,8 @@ from gateway.settings import Settings
 from persistence.errors import DataRefused, PostgresUnavailable
 from persistence.keys import GROUP
 from persistence.migrate import load_migrations, migrate
-from persistence.postgres import Postgres
+from persistence.postgres import Postgres, Transaction
+from persistence.records import Record
 from persistence.sessions import Access
 from persistence.worker import Worker
 from tests.support.links import Link
@@ -339,6 +341,27 @@ async def test_one_poison_record_among_fifty_delays_nobody(stores: Stores, worke
     for number in range(25):
         assert (await ttl_of(stores, f"{SESSION_ID}_{number}") == -1) == (number == 13)
     await check_tables(rows)
+
+
+@pytest.mark.parametrize(("refusals", "buried"), [(2, 0), (1_000, 2)])
+async def test_a_record_that_another_worker_inserts_at_the_same_moment_is_tried_again(
+    stores: Stores, worker: Worker, rows: Rows, monkeypatch: pytest.MonkeyPatch, refusals: int, buried: int
+) -> None:
+    """Refused as a batch, then once alone, it arrives; what is refused for good is a dead letter."""
+    await say(stores, SESSION_ID)
+    flush, tries = Transaction.flush, 0
+
+    async def refused(transaction: Transaction, records: Sequence[Record]) -> None:
+        nonlocal tries
+        tries += 1
+        if tries <= refusals:
+            raise asyncpg.UniqueViolationError
+        await flush(transaction, records)
+
+    monkeypatch.setattr(Transaction, "flush", refused)
+    await worker.flush_once()
+    assert len(await stores.outbox.dead_letters()) == buried
+    assert len(await rows("SELECT id FROM agent_messages")) == (0 if buried else 2)
 
 
 async def test_several_poisons_are_each_found(stores: Stores, worker: Worker, rows: Rows) -> None:
