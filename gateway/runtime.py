@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import re
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextvars import ContextVar
@@ -36,6 +35,7 @@ from gateway.turns import (
     Emit,
     GraphInput,
     GraphOutput,
+    SessionId,
     TurnRequest,
     TurnResult,
     Turns,
@@ -388,8 +388,10 @@ class AgentRuntime:
         agent = await self._agents.load(agent_id)
         if not agent.definition.active:
             raise AgentInactive
-        if not re.fullmatch(r"[A-Za-z0-9_.:-]{16,255}", session_id):
-            raise InvalidField("session_id: 16 to 255 of A-Z a-z 0-9 _ . : -", field="session_id")
+        try:
+            msgspec.convert(session_id, SessionId)
+        except msgspec.ValidationError as error:
+            raise InvalidField("session_id: 16 to 255 of A-Z a-z 0-9 _ . : -", field="session_id") from error
         if storable_value([user_input, metadata]) != [user_input, metadata]:
             raise InvalidField("user_input, metadata: NUL and lone surrogates cannot be stored", field="user_input")
         request = TurnRequest(

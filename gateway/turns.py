@@ -12,7 +12,7 @@ import random
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from time import monotonic
-from typing import Any, NoReturn, Protocol
+from typing import Annotated, Any, NoReturn, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -41,10 +41,11 @@ from gateway.problems import (
 )
 from gateway.streams import TurnLog, TurnWriter, answer_metadata, replay_log
 from persistence.agents import Agent
+from persistence.connection import retrieve
 from persistence.errors import PersistenceError, RedisUnavailable
 from persistence.events import EventLogs, Following
 from persistence.logs import Part
-from persistence.records import Channel, Message, Session, Turn, encode_object, iso
+from persistence.records import Channel, Message, Turn, encode_object, iso
 from persistence.sessions import (
     Absent,
     Access,
@@ -66,6 +67,10 @@ ASK_AGAIN_S = (0.02, 0.25)
 COMMIT_TRIES = 3
 ABORT_WAIT_S = 0.1
 MAX_INT = 2**31 - 1
+
+SessionId = Annotated[str, msgspec.Meta(min_length=16, max_length=255, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
+MessageId = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
+Found = TypeVar("Found")
 
 
 class AttachedElsewhere(TurnInProgress):
@@ -201,7 +206,7 @@ class Turns:
         self._running.add(task)
         self._by_id[turn.id] = turn
         task.add_done_callback(self._running.discard)
-        task.add_done_callback(_retrieve)
+        task.add_done_callback(retrieve)
         return task
 
     def cancel(self, turn_id: str) -> None:
@@ -277,6 +282,7 @@ class Turns:
         """Takes the session, creating, hydrating or waiting for it as need be."""
         request = turn.request
         deadline = monotonic() + self._queue_wait_s
+        digest = sha256(request.message.encode()).hexdigest()[:16] if request.message_id else ""
         absences, waited = 0, False
         while True:
             outcome = await self._store.begin(
@@ -285,7 +291,7 @@ class Turns:
                 turn.access,
                 turn.policy,
                 message_id=request.message_id,
-                digest=sha256(request.message.encode()).hexdigest()[:16] if request.message_id else "",
+                digest=digest,
             )
             match outcome:
                 case Begun() | Replay():
@@ -427,7 +433,7 @@ class Turns:
         session_id, lease_s = turn.request.session_id, self._store.lease_ms / 1000
         emit = turn.writer.emit if turn.writer is not None else None
         graph = asyncio.ensure_future(self._run_graph(turn.agent, graph_input, emit))
-        graph.add_done_callback(_retrieve)
+        graph.add_done_callback(retrieve)
         turn.graph = graph
         if turn.cancelled:
             graph.cancel()
@@ -538,12 +544,6 @@ def _last_word(error: BaseException) -> tuple[str, dict[str, Any]]:
     return "turn.failed", {"code": problem.code, "title": problem.title, "retryable": problem.retryable}
 
 
-def _retrieve(task: "asyncio.Future[Any]") -> None:
-    """Takes note of how a task ended that nobody may be waiting for any more; it has logged its own end."""
-    if not task.cancelled():
-        task.exception()
-
-
 class _Running:
     """A turn on its way. `settled` once it holds nothing in Redis that would have to be let go.
 
@@ -609,9 +609,9 @@ def raise_refusal(refused: Refused) -> NoReturn:
             raise RateLimited("too many messages in this session", retry_after_s=retry_after_s)
 
 
-def session_of(found: Session | Refused | None) -> Session:
-    """The session of an outcome. Raises the Problem that stands for it otherwise."""
-    if found is None:
+def existing(found: Found | Refused | None) -> Found:
+    """What was found of a session. Raises the Problem that stands for it otherwise; an erased one does not exist."""
+    if found is None or (isinstance(found, Refused) and found.reason == "erased"):
         raise SessionNotFound
     if isinstance(found, Refused):
         raise_refusal(found)

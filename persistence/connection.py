@@ -129,7 +129,7 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
     Raises RedisUnavailable, or CommandRefused when Redis is there and will never do it.
     """
     task = asyncio.ensure_future(operation())
-    task.add_done_callback(_retrieve)
+    task.add_done_callback(retrieve)
     try:
         # Not asyncio.timeout: in Python 3.11 the wait_for inside redis-py can lose the cancellation that it sends.
         await asyncio.wait({task}, timeout=timeout_s)
@@ -147,8 +147,8 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
         task.cancel()
 
 
-def _retrieve(task: "asyncio.Future[Any]") -> None:
-    """Takes note of an error that nobody waits for any more."""
+def retrieve(task: "asyncio.Future[Any]") -> None:
+    """Takes note of an error that nobody may be waiting for any more: a task's callback."""
     if not task.cancelled():
         task.exception()
 

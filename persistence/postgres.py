@@ -43,6 +43,10 @@ REFUSED = (
 must never put a good record among the dead letters."""
 
 
+UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What is not the data's fault. A time-out is an OSError."""
+
+
 class SessionFilter(msgspec.Struct, frozen=True):
     """Which sessions a list is about; None is any."""
 
@@ -91,13 +95,7 @@ class Postgres:
         except REFUSED as error:
             constraint = getattr(error, "constraint_name", None) or ""
             raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error
-        except (
-            OSError,
-            TimeoutError,
-            asyncpg.PostgresError,
-            asyncpg.InterfaceError,
-            asyncpg.InternalClientError,
-        ) as error:
+        except UNREACHABLE as error:
             raise PostgresUnavailable(f"{type(error).__name__}: {error}") from error
 
     @asynccontextmanager
@@ -108,14 +106,7 @@ class Postgres:
             try:
                 pool = await self._open()
                 connection = await pool.acquire()
-            except (
-                OSError,
-                asyncpg.PostgresError,
-                asyncpg.InterfaceError,
-                asyncpg.InternalClientError,
-                ValueError,
-                OverflowError,
-            ) as error:
+            except (*UNREACHABLE, ValueError, OverflowError) as error:
                 raise PostgresUnavailable(f"{type(error).__name__}: {error}") from error
             when = limit.when()
             assert when is not None

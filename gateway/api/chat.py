@@ -10,18 +10,15 @@ from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.limits import AddressLimiter
-from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, SessionNotFound, TurnNotFound
+from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
 from gateway.runtime import AgentRuntime
 from gateway.streams import Streams, TurnLog, render
-from gateway.turns import TurnRequest, raise_refusal
+from gateway.turns import MessageId, SessionId, TurnRequest, existing
 from persistence.agents import Agent, as_uuid
 from persistence.events import EventLogs
 from persistence.history import History
 from persistence.records import Channel
-from persistence.sessions import Access, Hot, IfBusy, Refused
-
-SessionId = Annotated[str, msgspec.Meta(min_length=16, max_length=255, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
-MessageId = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
+from persistence.sessions import Access, IfBusy
 
 
 class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -128,11 +125,7 @@ class ChatApi:
         """POST /api/chat/{agent_id}/cancel"""
         body = await read_body(request, self._cancel_decoder, self._max_body_bytes)
         access = await self._access(request, body.session_id)
-        hot = await self._history.find_session(body.session_id, access)
-        if isinstance(hot, Refused) and hot.reason != "erased":
-            raise_refusal(hot)
-        if not isinstance(hot, Hot):
-            raise SessionNotFound
+        hot = existing(await self._history.find_session(body.session_id, access))
         if not hot.running or await self._logs.cancel(body.session_id, hot.running, access) is not True:
             raise NoTurnRunning
         return answer(CancelAnswer(hot.running), 202)

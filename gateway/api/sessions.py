@@ -12,7 +12,6 @@ from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper
-from gateway.api.chat import SessionId
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.auth import SessionToken, SessionTokens
 from gateway.limits import AddressLimiter
@@ -26,12 +25,12 @@ from gateway.problems import (
     UserTokenInvalid,
 )
 from gateway.streams import Streams
-from gateway.turns import raise_refusal, session_of
+from gateway.turns import SessionId, existing, raise_refusal
 from persistence.history import History
 from persistence.hydrator import Hydrator
 from persistence.postgres import SessionFilter
 from persistence.records import Channel, Role, Session, iso_from
-from persistence.sessions import Hot, NewSession, Opened, Refused, SessionStore
+from persistence.sessions import NewSession, Opened, Refused, SessionStore
 
 OPEN_ATTEMPTS = 5
 
@@ -238,17 +237,14 @@ class SessionsApi:
         """GET /api/sessions/{session_id}"""
         session_id = _session_id(request)
         found = await self._history.find_session(session_id, self._gatekeeper.access(request, session_id))
-        return answer(_view(session_of(found.session if isinstance(found, Hot) else _visible(found))))
+        return answer(_view(existing(found).session))
 
     async def messages(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/messages"""
         query = read_query(request, MessagesQuery)
         session_id = _session_id(request)
         access = self._gatekeeper.access(request, session_id)
-        page = await self._history.find_messages(session_id, access, query.before, query.limit)
-        if page is None or isinstance(page, Refused):
-            session_of(_visible(page))
-            raise SessionNotFound
+        page = existing(await self._history.find_messages(session_id, access, query.before, query.limit))
         views = [msgspec.convert(message, MessageView, from_attributes=True) for message in page.messages]
         return answer(MessagesAnswer(views, page.next_before))
 
@@ -262,16 +258,17 @@ class SessionsApi:
         """POST /api/sessions/{session_id}/end"""
         session_id = _session_id(request)
         access = self._gatekeeper.access(request, session_id)
-        ended = await self._hydrator.with_session(session_id, lambda: self._store.end(session_id, access))
-        return answer(_view(session_of(_visible(ended))))
+        ended: Session | Refused | None = await self._hydrator.with_session(
+            session_id, lambda: self._store.end(session_id, access)
+        )
+        return answer(_view(existing(ended)))
 
     async def erase(self, request: Request) -> Response:
         """DELETE /api/sessions/{session_id}"""
         session_id = _session_id(request)
         access = self._gatekeeper.access(request, session_id)
         erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
-        if not isinstance(erased, str):
-            session_of(_visible(erased))
+        existing(erased)
         return Response(status_code=204)
 
     async def statistics(self, request: Request) -> Response:
@@ -319,11 +316,6 @@ def _session_id(request: Request) -> str:
     except msgspec.ValidationError as error:
         # No session can have such an id.
         raise SessionNotFound from error
-
-
-def _visible(found: Any) -> Any:
-    """An outcome in which an erased session does not exist."""
-    return None if isinstance(found, Refused) and found.reason == "erased" else found
 
 
 def _view(session: Session) -> SessionAnswer:
