@@ -64,7 +64,7 @@ log = structlog.get_logger()
 
 HYDRATE_ATTEMPTS = 5
 ASK_AGAIN_S = (0.02, 0.25)
-COMMIT_TRIES = 3
+TRY_AGAIN_S = 0.2
 ABORT_WAIT_S = 0.1
 MAX_INT = 2**31 - 1
 
@@ -477,20 +477,22 @@ class Turns:
 
     async def _commit(self, turn: "_Running", stored: Turn, context: dict[str, Any] | None, part: Part | None) -> None:
         encoded = "" if context is None else encode_object(context)
-        for attempt in range(1, COMMIT_TRIES + 1):
+        # An answer has been paid for, and committing twice adds nothing: as long as the lease may hold there is hope.
+        deadline = monotonic() + self._store.lease_ms / 1000
+        while True:
             try:
                 committed = await self._store.commit(
                     turn.request.session_id, turn.id, turn.fence, turn.number, stored, turn.policy, encoded, part
                 )
-            except RedisUnavailable:
-                # An answer has been paid for, and committing twice adds nothing.
-                if attempt == COMMIT_TRIES:
+                break
+            except RedisUnavailable as error:
+                if monotonic() > deadline:
                     raise
-                continue
-            turn.settled = True
-            if committed is None:
-                raise await self._lost(turn)
-            return
+                log.warning("turn.commit_failed", turn_id=turn.id, error=str(error))
+            await asyncio.sleep(TRY_AGAIN_S)
+        turn.settled = True
+        if committed is None:
+            raise await self._lost(turn)
 
     async def _lost(self, turn: "_Running") -> Problem:
         """What became of a turn that does not hold its session any more: its log tells a cancellation from a takeover."""
@@ -521,11 +523,17 @@ class Turns:
             self._streams.disown(turn.id)
 
     async def _abort(self, turn: "_Running", part: Part | None) -> None:
-        try:
-            await self._store.abort(turn.request.session_id, turn.id, turn.fence, part)
-        except RedisUnavailable as error:
-            # The lease ends it; until then the session is busy.
-            log.warning("turn.abort_failed", turn_id=turn.id, error=str(error))
+        deadline = monotonic() + self._store.lease_ms / 1000
+        while True:
+            try:
+                await self._store.abort(turn.request.session_id, turn.id, turn.fence, part)
+                return
+            except RedisUnavailable as error:
+                log.warning("turn.abort_failed", turn_id=turn.id, error=str(error))
+            # A pod that stops does not wait for Redis: the lease ends the turn, as it would end that of a dead pod.
+            if self._draining or monotonic() > deadline:
+                return
+            await asyncio.sleep(TRY_AGAIN_S)
 
 
 def _last_word(error: BaseException) -> tuple[str, dict[str, Any]]:
