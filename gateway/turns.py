@@ -232,7 +232,7 @@ class Turns:
     async def _execute(self, turn: "_Running") -> TurnResult:
         started = monotonic()
         self._metrics.running.inc()
-        outcome = "failed"
+        outcome, cause = "failed", None
         try:
             result = await self._answer(turn)
             outcome = "replayed" if result.metadata["replayed"] else "completed"
@@ -241,7 +241,7 @@ class Turns:
             raise
         except PersistenceError as error:
             translated = problem_of(error)
-            outcome = translated.code
+            outcome, cause = translated.code, str(error)
             raise translated from error
         except asyncio.CancelledError:
             outcome = "cancelled"
@@ -257,6 +257,7 @@ class Turns:
             log.info(
                 "turn.completed" if outcome in ("completed", "replayed", "attached") else "turn.failed",
                 outcome=outcome,
+                **({"error": cause} if cause else {}),
                 agent=turn.agent.name,
                 session=turn.session_uuid,
                 turn_id=turn.id,

@@ -143,6 +143,11 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
         raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
     except (TimeoutError, OSError, RedisError) as error:
         raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+    except RuntimeError as error:
+        # How uvloop says that a connection was closed (because of a foreign reply, say) while redis-py was using it.
+        if "the handler is closed" not in str(error):
+            raise
+        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
     finally:
         task.cancel()
 

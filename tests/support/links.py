@@ -1,6 +1,7 @@
-"""A TCP link to a server that can be frozen, cut, or made to lose replies: what networks do, on loopback."""
+"""A TCP link to a server that can be frozen, cut, slowed down or made to lie: what networks do, on loopback."""
 
 import asyncio
+from random import Random
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
@@ -13,16 +14,29 @@ class Link:
 
     `freeze` lets nothing through, in either direction, while connections stay open and new ones are accepted: as when a
     network swallows packets. `lose_replies` counts replies that are thrown away with the connection they came on.
+
+    By `chance`, for each request: `cut_share` of them are passed on and the connection is cut before the reply;
+    `swallow_share` of them are passed on and nothing comes back on their connection any more; replies are late by up to
+    `delay_s`; before `plant_share` of them comes `stray`. `overheard` is the last whole reply that holds `wanted`.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, chance: Random | None = None, wanted: bytes = b"\0") -> None:
         self._target = url
+        self._chance = chance or Random(0)
+        self._wanted = wanted
         self._flowing = asyncio.Event()
         self._flowing.set()
         self._server: asyncio.Server | None = None
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._clients: set[asyncio.StreamWriter] = set()
         self.lose_replies = 0
+        self.cut_share = 0.0
+        self.swallow_share = 0.0
+        self.delay_s = 0.0
+        self.plant_share = 0.0
+        self.stray = b""
+        self.overheard = b""
 
     @property
     def url(self) -> str:
@@ -38,6 +52,18 @@ class Link:
 
     def thaw(self) -> None:
         self._flowing.set()
+
+    def heal(self) -> None:
+        """Ends every trouble but what has happened to connections already."""
+        self.lose_replies = 0
+        self.cut_share = self.swallow_share = self.plant_share = self.delay_s = 0.0
+        self.thaw()
+
+    def plant_now(self, stray: bytes) -> None:
+        """Sends a reply that nobody asked for on every open connection."""
+        for writer in self._clients:
+            if not writer.is_closing():
+                writer.write(stray)
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._accept, HOST, 0)
@@ -56,28 +82,71 @@ class Link:
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         parts = urlsplit(self._target)
-        self._writers.add(writer)
         try:
             there_reader, there_writer = await asyncio.open_connection(parts.hostname, parts.port)
         except OSError:
             writer.transport.abort()
             return
-        self._writers.add(there_writer)
-        for source, target, replies in ((reader, there_writer, False), (there_reader, writer, True)):
-            task = asyncio.create_task(self._pump(source, target, replies=replies))
+        ends = {writer, there_writer}
+        self._writers |= ends
+        self._clients.add(writer)
+        muted = asyncio.Event()
+        ways = [
+            asyncio.create_task(self._requests(reader, there_writer, writer, muted)),
+            asyncio.create_task(self._replies(there_reader, writer, muted)),
+        ]
+        for task in ways:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+        await asyncio.wait(ways)
+        self._writers -= ends
+        self._clients.discard(writer)
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, replies: bool) -> None:
+    async def _requests(
+        self,
+        reader: asyncio.StreamReader,
+        server: asyncio.StreamWriter,
+        client: asyncio.StreamWriter,
+        muted: asyncio.Event,
+    ) -> None:
         try:
             while data := await reader.read(65536):
                 await self._flowing.wait()
-                if replies and self.lose_replies > 0:
-                    self.lose_replies -= 1
+                # No draw without need: a run from a seed stays the same with a fault more or less.
+                if self.swallow_share and self._chance.random() < self.swallow_share:
+                    muted.set()
+                cut = self.cut_share and self._chance.random() < self.cut_share
+                if cut:
+                    muted.set()
+                if self.plant_share and self._chance.random() < self.plant_share:
+                    client.write(self.stray)
+                server.write(data)
+                await server.drain()
+                if cut:
+                    client.transport.abort()
                     return
-                writer.write(data)
-                await writer.drain()
         except OSError:
             return
         finally:
-            writer.transport.abort()
+            # Closed, not aborted: what was written is still sent, so that a request that was cut off is carried out.
+            server.close()
+
+    async def _replies(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter, muted: asyncio.Event) -> None:
+        try:
+            while data := await reader.read(65536):
+                await self._flowing.wait()
+                if self.lose_replies > 0:
+                    self.lose_replies -= 1
+                    return
+                if self._wanted in data and data.startswith(b"*") and data.endswith(b"\r\n"):
+                    self.overheard = data
+                if self.delay_s:
+                    await asyncio.sleep(self._chance.uniform(0, self.delay_s))
+                if muted.is_set():
+                    continue
+                client.write(data)
+                await client.drain()
+        except OSError:
+            return
+        finally:
+            client.transport.abort()

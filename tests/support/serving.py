@@ -56,10 +56,11 @@ async def served(pod: Pod) -> AsyncIterator[httpx.AsyncClient]:
 
 
 class GatewayProcess:
-    """`python -m gateway <command>` as a process of its own. Its output is kept in `log`."""
+    """`python -m gateway <command>` as a process of its own, run in the tree `source`. Its output is kept in `log`."""
 
-    def __init__(self, command: str, directory: Path, environment: Mapping[str, str]) -> None:
+    def __init__(self, command: str, directory: Path, environment: Mapping[str, str], *, source: Path = ROOT) -> None:
         self.port = free_port()
+        self._source = source
         self.log = directory / f"{command}-{self.port}.log"
         self._command = command
         self._environment = {
@@ -77,6 +78,10 @@ class GatewayProcess:
         return f"http://{HOST}:{self.port}"
 
     @property
+    def started(self) -> bool:
+        return self._process is not None
+
+    @property
     def process(self) -> subprocess.Popen[bytes]:
         assert self._process is not None, "not started"
         return self._process
@@ -86,7 +91,7 @@ class GatewayProcess:
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "gateway", self._command],
-                cwd=ROOT,
+                cwd=self._source,
                 env=self._environment,
                 stdout=log,
                 stderr=log,

@@ -1,0 +1,80 @@
+"""What the visitors sent and what they were answered: the history that everything else is compared with."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Agent = Literal["usual", "brief"]
+LEFT_BEHIND_S = 30.0
+"""How long a turn may go on whose asker is gone."""
+
+
+@dataclass
+class Message:
+    """One message of a visitor. Times are seconds of the monotonic clock.
+
+    `failures` are the attempts that were not answered: when, with which code ('' when the connection broke), at which pod.
+    `doubtful` once one of them ended without a clear word: the message may have been answered all the same.
+    """
+
+    number: int
+    text: str
+    work_s: float
+    sent_at: float
+    failures: list[tuple[float, str, int]] = field(default_factory=list)
+    pod: int = -1
+    answer: str | None = None
+    answered_at: float = 0.0
+    doubtful: bool = False
+
+    @property
+    def message_id(self) -> str:
+        return f"m{self.number}"
+
+    @property
+    def waited_s(self) -> float:
+        """How much longer than its own work the answer took."""
+        return self.answered_at - self.sent_at - self.work_s
+
+
+@dataclass
+class Conversation:
+    """One session: its own secret is in each of its messages. `minted` ones have a token."""
+
+    session_id: str
+    secret: str
+    agent: Agent
+    token: str = ""
+    messages: list[Message] = field(default_factory=list)
+    ended: bool = False
+    erased: bool = False
+    over: bool = False
+    damaged: bool = False
+
+    def answered(self) -> list[Message]:
+        return [message for message in self.messages if message.answer is not None]
+
+
+class Ledger:
+    """All conversations, who is being answered where, and what was wrong with an answer as soon as it came."""
+
+    def __init__(self) -> None:
+        self.conversations: list[Conversation] = []
+        self.in_flight: dict[int, tuple[Conversation, Message]] = {}
+        self.foreign: list[str] = []
+        self.out_of_order: list[str] = []
+        self.unexpected: list[str] = []
+        self.cancelled = 0
+        self.resumed = 0
+
+    def on_pod(self, pod: int, now: float) -> set[str]:
+        """The sessions with a message at a pod: in flight, or one whose asker went away lately without an answer."""
+        found = {conversation.session_id for conversation, message in self.in_flight.values() if message.pod == pod}
+        for conversation in self.conversations:
+            if not conversation.over:
+                for message in conversation.messages:
+                    if any(where == pod and now - when < LEFT_BEHIND_S for when, _, where in message.failures):
+                        found.add(conversation.session_id)
+        return found
+
+    def messages(self) -> list[tuple[Conversation, Message]]:
+        return [(conversation, message) for conversation in self.conversations for message in conversation.messages]

@@ -1,0 +1,95 @@
+"""One run: start, talk and harm, mend, drain, check."""
+
+import asyncio
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+from tests.chaos.faults import FAULTS, Window, go_together, inject, lasts_s
+from tests.chaos.ledger import Ledger
+from tests.chaos.options import Options
+from tests.chaos.site import Site
+from tests.chaos.unavailability import Seen, limits_broken, seen
+from tests.chaos.verdict import Verdict, check
+from tests.chaos.visitors import Visitors
+
+
+@dataclass
+class Outcome:
+    """What came of a run. `seconds` is how long the visitors talked, `drain_s` how long the outbox took afterwards."""
+
+    options: Options
+    ledger: Ledger
+    windows: list[Window]
+    seen: list[Seen]
+    verdict: Verdict
+    foreign_replies: int
+    seconds: float
+    drain_s: float
+
+
+async def run(options: Options, say: Callable[[str], None] = lambda text: None) -> Outcome:
+    """Runs the chaos that the options ask for; `say` is told what happens."""
+    folder = Path(tempfile.mkdtemp(prefix="chaos-"))
+    # PostgreSQL may run as another user than this one.
+    folder.chmod(0o755)
+    async with Site(options, folder) as site:
+        outcome = await _run(options, site, say)
+    if outcome.verdict.breaches():
+        say(f"the logs of all processes are in {folder}")
+    else:
+        shutil.rmtree(folder)
+    return outcome
+
+
+async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outcome:
+    ledger, windows = Ledger(), []
+    visitors = Visitors(site, ledger)
+    began_at = monotonic()
+    visitors.start()
+    chance = Random(f"faults of seed {options.seed}")
+    schedule = _schedule(options, chance)
+    while (left_s := options.seconds - (monotonic() - began_at)) > 3:
+        # A fault that would outlast the run is passed over; when that is so for all, the run is over.
+        names = next((names for names in islice(schedule, 2 * len(FAULTS)) if lasts_s(names, options) < left_s), None)
+        if names is None:
+            break
+        say(f"{monotonic() - began_at:6.1f} s  {' and '.join(names)}")
+        windows.append(await inject(names, site, visitors, ledger, chance))
+    await asyncio.sleep(max(0, options.seconds - (monotonic() - began_at)))
+    say(f"{monotonic() - began_at:6.1f} s  visitors finish what they are at")
+    await visitors.stop()
+    seconds = monotonic() - began_at
+    drained, drain_s = await _drain(site, options.drain_s)
+    say(f"{monotonic() - began_at:6.1f} s  {'drained' if drained else 'NOT drained'}; reading both stores")
+    foreign_replies = site.logged("redis.foreign_reply")
+    verdict = await check(site, ledger, drained=drained)
+    found = seen(windows, ledger)
+    verdict.slow = limits_broken(found, options.lease_s)
+    return Outcome(options, ledger, windows, found, verdict, foreign_replies, seconds, drain_s)
+
+
+def _schedule(options: Options, chance: Random) -> Iterator[tuple[str, ...]]:
+    """The faults in random order, each as often as the others; some of them two at once."""
+    names = list(options.faults or FAULTS)
+    while True:
+        order = chance.sample(names, len(names))
+        for index, name in enumerate(order):
+            partner = order[index - 1]
+            together = chance.random() < options.together and go_together(name, partner)
+            yield (name, partner) if together else (name,)
+
+
+async def _drain(site: Site, limit_s: float) -> tuple[bool, float]:
+    """Waits until all is in Postgres and no turn runs; whether that came to pass, and the seconds it took."""
+    began_at = monotonic()
+    while monotonic() - began_at < limit_s:
+        if await site.waiting() == (0, 0) and not await site.client.zcard(site.keys.running(0)):
+            return True, monotonic() - began_at
+        await asyncio.sleep(0.1)
+    return False, limit_s

@@ -1,0 +1,157 @@
+"""The verdict: compares what was answered with what Postgres and Redis hold after all is mended and drained."""
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import asyncpg
+
+from persistence.keys import GROUP
+from tests.chaos.graphs.recall import SECRET
+from tests.chaos.ledger import Conversation, Ledger
+from tests.chaos.site import Site
+from tests.support.rule import all_keys, breaches
+
+SESSIONS = (
+    "SELECT id, session_id, status, message_count, turns, context_data::text AS context, metadata::text AS metadata,"
+    " conversation_history::text AS history FROM agent_sessions"
+)
+MESSAGES = "SELECT session_id, role, content, turn, seq FROM agent_messages ORDER BY session_id, seq"
+
+
+@dataclass
+class Verdict:
+    """What is wrong, in words, by kind; empty lists everywhere are the promise kept."""
+
+    lost: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    out_of_order: list[str] = field(default_factory=list)
+    left_over: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    slow: list[str] = field(default_factory=list)
+
+    def breaches(self) -> dict[str, list[str]]:
+        """The kinds with something wrong."""
+        return {kind: found for kind, found in vars(self).items() if found}
+
+
+async def check(site: Site, ledger: Ledger, *, drained: bool) -> Verdict:
+    """Reads both stores whole."""
+    verdict = Verdict(
+        foreign=list(ledger.foreign), out_of_order=list(ledger.out_of_order), unexpected=list(ledger.unexpected)
+    )
+    connection = await asyncpg.connect(site.postgres.url)
+    try:
+        sessions = {row["session_id"]: row for row in await connection.fetch(SESSIONS)}
+        messages: defaultdict[Any, list[asyncpg.Record]] = defaultdict(list)
+        for row in await connection.fetch(MESSAGES):
+            messages[row["session_id"]].append(row)
+    finally:
+        await connection.close()
+    for conversation in ledger.conversations:
+        session = sessions.pop(conversation.session_id, None)
+        rows = messages.pop(session["id"], []) if session else []
+        _check_conversation(verdict, conversation, session, rows)
+    # A session that was opened and whose answer was lost has no messages, and nobody knows of it.
+    for session_id, session in sessions.items():
+        if session["message_count"] or messages.pop(session["id"], None):
+            verdict.unexpected.append(f"{session_id} is in Postgres, and nobody has sent its messages")
+    await _check_redis(verdict, site, ledger, drained)
+    return verdict
+
+
+def _check_conversation(
+    verdict: Verdict, conversation: Conversation, session: asyncpg.Record | None, rows: list[asyncpg.Record]
+) -> None:
+    where = conversation.session_id
+    if conversation.erased:
+        if session is not None:
+            verdict.unexpected.append(f"{where} was erased, and is in Postgres with {len(rows)} messages")
+        return
+    questions = [row for row in rows if row["role"] == "user"]
+    numbers = [int(row["content"].split()[1]) for row in questions]
+    answers = {row["turn"]: row["content"] for row in rows if row["role"] == "assistant"}
+    texts = {number: answers.get(row["turn"]) for number, row in zip(numbers, questions, strict=True)}
+    _check_order(verdict, where, rows)
+    sent = {message.number: message for message in conversation.messages}
+    for number, times in Counter(numbers).items():
+        if times > 1:
+            verdict.doubled.append(f"{where} message {number} is in Postgres {times} times")
+        if number not in sent:
+            verdict.unexpected.append(f"{where} message {number} was never sent")
+        elif sent[number].answer is None and sent[number].failures and not sent[number].doubtful:
+            verdict.unexpected.append(f"{where} message {number} is stored and was refused: {sent[number].failures}")
+    for message in conversation.answered():
+        if message.number not in texts:
+            verdict.lost.append(f"{where} message {message.number} was answered and is not in Postgres")
+        elif texts[message.number] != message.answer:
+            verdict.lost.append(f"{where} message {message.number} was answered with another text than Postgres has")
+    answered = [message.number for message in conversation.answered()]
+    if [number for number in numbers if number in answered] != answered and set(answered) <= set(numbers):
+        verdict.out_of_order.append(f"{where}: answered {answered}, stored {numbers}")
+    if session is not None:
+        _check_session(verdict, conversation, session, rows)
+
+
+def _check_order(verdict: Verdict, where: str, rows: list[asyncpg.Record]) -> None:
+    if [row["role"] for row in rows] != ["user", "assistant"] * (len(rows) // 2):
+        verdict.out_of_order.append(f"{where}: questions and answers do not alternate")
+    if [row["seq"] for row in rows] != list(range(1, len(rows) + 1)) or len(rows) % 2:
+        verdict.out_of_order.append(f"{where}: the messages are numbered {[row['seq'] for row in rows]}")
+    if [row["turn"] for row in rows] != [1 + index // 2 for index in range(len(rows))]:
+        verdict.out_of_order.append(f"{where}: the turns are numbered {[row['turn'] for row in rows]}")
+
+
+def _check_session(
+    verdict: Verdict, conversation: Conversation, session: asyncpg.Record, rows: list[asyncpg.Record]
+) -> None:
+    where = conversation.session_id
+    if session["message_count"] != len(rows) or session["turns"] != len(rows) // 2:
+        verdict.out_of_order.append(f"{where} counts {session['message_count']} messages and has {len(rows)}")
+    if rows and json.loads(session["context"])["turns"] != len(rows) // 2:
+        verdict.out_of_order.append(f"{where}: its context is {session['context']}, its turns are {len(rows) // 2}")
+    if conversation.ended:
+        if session["status"] != "ended":
+            verdict.lost.append(f"{where} was ended and is {session['status']}")
+        elif len(json.loads(session["history"])) != len(rows):
+            verdict.lost.append(f"{where} has {len(rows)} messages and another number in its conversation_history")
+    everything = " ".join(
+        [row["content"] for row in rows] + [session["context"], session["metadata"], session["history"] or ""]
+    )
+    for secret in set(SECRET.findall(everything)) - {conversation.secret}:
+        verdict.foreign.append(f"{where} holds {secret} in Postgres")
+
+
+async def _check_redis(verdict: Verdict, site: Site, ledger: Ledger, drained: bool) -> None:
+    records, pending = await site.waiting()
+    if not drained or records or pending:
+        verdict.left_over.append(f"{records} records on the outbox, {pending} of them pending")
+    dead: Any = await site.client.xrange(site.keys.dead(0))
+    verdict.left_over += [f"dead letter {entry.decode()}: {fields[b'reason'].decode()}" for entry, fields in dead]
+    verdict.left_over += await breaches(site.client, site.keys)
+    claimed: Any = await site.client.xautoclaim(site.keys.outbox(0), GROUP, "verdict", 0, "0-0")
+    gone = len(claimed[2]) + site.logged("outbox.deleted_while_pending")
+    if gone:
+        verdict.left_over.append(f"{gone} entries were deleted while a worker had them")
+    running = await site.client.zcard(site.keys.running(0))
+    if running:
+        verdict.left_over.append(f"{running} turns still hold their sessions")
+    owners = {conversation.session_id: conversation for conversation in ledger.conversations}
+    for key in await all_keys(site.client, site.keys):
+        if ":session:" in key:
+            fields: Any = await site.client.hvals(key)
+            values = b" ".join(fields).decode()
+            session_id = key.partition(":session:")[2]
+        elif ":events:" in key:
+            entries: Any = await site.client.xrange(key)
+            values = b" ".join(entry[b"events"] for _, entry in entries).decode()
+            session_id = entries[0][1][b"session"].decode() if entries else ""
+        else:
+            continue
+        own = {owners[session_id].secret} if session_id in owners else set()
+        for secret in set(SECRET.findall(values)) - own:
+            verdict.foreign.append(f"{session_id} holds {secret} in Redis")
+        if session_id in owners and owners[session_id].erased:
+            verdict.unexpected.append(f"{session_id} was erased, and Redis has {key}")

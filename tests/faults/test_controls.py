@@ -1,0 +1,222 @@
+"""The chaos can fail: with any one guard taken out of the gateway, the same run finds what the guard is there for.
+
+Pods and workers run from a copy of the source in which the guard is missing. What makes the moment longer in which the
+guard matters is changed too, in every copy, so that a short run meets it; with that alone the run finds nothing.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.options import Options
+from tests.chaos.report import report
+from tests.chaos.run import run
+from tests.support.serving import ROOT
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A text in a file of the source, and what stands there instead."""
+
+    file: str
+    old: str
+    new: str
+
+
+SLOWLY = (
+    # Between what Postgres has committed and what Redis knows of it.
+    Edit(
+        "persistence/worker.py",
+        "        await self._outbox.mark_flushed(partition, records)\n",
+        "        await asyncio.sleep(2)\n        await self._outbox.mark_flushed(partition, records)\n",
+    ),
+    # Between a record and Postgres.
+    Edit(
+        "persistence/worker.py",
+        "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
+        "            await asyncio.sleep(0.2)\n"
+        "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Control:
+    """A guard taken out by `edits`, the faults against which it stands, and the kinds of breach that then show.
+
+    `slowly` where the guard matters between a record and Postgres.
+    """
+
+    edits: Sequence[Edit]
+    faults: tuple[str, ...]
+    kinds: set[str]
+    seconds: float = 10
+    eviction: str = "volatile-lru"
+    together: float = 0
+    slowly: bool = False
+    work_ms: tuple[int, ...] = (0, 100, 300)
+
+
+CONTROLS = {
+    "the answer is given before its record is on the outbox": Control(
+        [
+            Edit(
+                "gateway/turns.py",
+                "        await self._commit(turn, stored, output.context, part)\n",
+                "        turn.settled = True\n"
+                "        later = asyncio.create_task(self._commit(turn, stored, output.context, part))\n"
+                "        await asyncio.wait({later}, timeout=0)\n",
+            ),
+            # The pod is killed before the commit has been sent.
+            Edit(
+                "gateway/turns.py",
+                '        encoded = "" if context is None else encode_object(context)\n',
+                '        encoded = "" if context is None else encode_object(context)\n        await asyncio.sleep(0.3)\n',
+            ),
+        ],
+        ("pod-killed",),
+        {"lost"},
+    ),
+    "a record is acknowledged before it is in Postgres": Control(
+        [
+            Edit(
+                "persistence/worker.py",
+                "        if not records:\n            return 0, 0\n",
+                "        if not records:\n            return 0, 0\n"
+                "        await self._outbox.mark_flushed(partition, records)\n",
+            )
+        ],
+        ("worker-killed", "postgres-killed"),
+        {"lost"},
+        slowly=True,
+    ),
+    "no key is unique": Control(
+        [
+            Edit(
+                "persistence/migrations/0001_tables.sql",
+                "CREATE TABLE agent_messages (\n    id uuid PRIMARY KEY,",
+                "CREATE TABLE agent_messages (\n    id uuid,",
+            ),
+            Edit("persistence/migrations/0001_tables.sql", "CREATE UNIQUE INDEX idx_messages", "CREATE INDEX idx_messages"),
+            Edit("persistence/sql/insert_messages.sql", "    ON CONFLICT (id) DO NOTHING\n", ""),
+        ],
+        ("worker-killed",),
+        {"doubled"},
+        seconds=15,
+        slowly=True,
+    ),
+    "the fence is ignored": Control(
+        [
+            Edit(
+                "persistence/lua/commit.lua",
+                "if session.turn ~= args.turn_id or session.turn_fence ~= args.fence then\n",
+                "if false then\n",
+            ),
+            Edit("persistence/lua/renew.lua", "if held[1] ~= args.turn_id or held[2] ~= args.fence then", "if false then"),
+        ],
+        ("pod-stalled",),
+        {"lost", "doubled", "out_of_order", "left_over"},
+        work_ms=(300, 1000),
+    ),
+    "the echo is not compared": Control(
+        [
+            Edit(
+                "persistence/scripts.py",
+                "            or reply[2] != nonce.encode()\n            or reply[1] != session_id.encode()\n",
+                "",
+            )
+        ],
+        ("replies-planted",),
+        {"foreign"},
+    ),
+    "Redis may evict anything": Control(
+        [Edit("persistence/connection.py", 'if policy.startswith("allkeys"):', "if False:")],
+        ("postgres-killed", "redis-full-evicting"),
+        {"lost", "out_of_order", "left_over"},
+        eviction="allkeys-lru",
+        together=1,
+    ),
+    "a session leaves Redis while its turns are queued": Control(
+        [
+            Edit(
+                "persistence/lua/prelude.lua",
+                "  if session.unflushed ~= '' or session.turn ~= '' then\n",
+                "  if session.turn ~= '' then\n",
+            ),
+            Edit(
+                "persistence/lua/prelude.lua",
+                "  redis.call('PERSIST', key)\nend\n\n-- The one rule",
+                "  redis.call('PEXPIRE', key, session.hot_ttl_s * 1000)\nend\n\n-- The one rule",
+            ),
+        ],
+        ("expiry-of-a-second",),
+        {"out_of_order", "left_over", "lost"},
+        slowly=True,
+    ),
+    "what cannot be read is an empty session": Control(
+        [
+            Edit(
+                "persistence/lua/prelude.lua",
+                "local function damage(session)\n",
+                "local function damage(session)\n"
+                "  if not whole(session.turns) then session.turns, session.first_hot, session.flushed = '0', '1', '0' end\n",
+            )
+        ],
+        ("field-damaged",),
+        {"out_of_order"},
+    ),
+}
+
+
+def tree(directory: Path, edits: Sequence[Edit]) -> Path:
+    """A copy of the source with the edits made."""
+    for package in ("gateway", "persistence"):
+        shutil.copytree(ROOT / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for edit in edits:
+        file = directory / edit.file
+        text = file.read_text()
+        assert text.count(edit.old) == 1, f"{edit.file} no longer has, just once: {edit.old}"
+        file.write_text(text.replace(edit.old, edit.new))
+    return directory
+
+
+def edits(control: Control) -> list[Edit]:
+    """What is changed for a control: what makes the moment longer, then what takes the guard out."""
+    return [*(SLOWLY if control.slowly else ()), *control.edits]
+
+
+def options(control: Control, source: Path) -> Options:
+    return Options(
+        seconds=control.seconds,
+        faults=control.faults,
+        visitors=16,
+        work_ms=control.work_ms,
+        lease_s=2,
+        source=source,
+        eviction=control.eviction,
+        together=control.together,
+        patience_s=15,
+        drain_s=15,
+    )
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("name", CONTROLS)
+async def test_without_its_guard_the_chaos_is_red(name: str, tmp_path: Path) -> None:
+    control = CONTROLS[name]
+    outcome = await run(options(control, tree(tmp_path / "source", edits(control))))
+    assert set(outcome.verdict.breaches()) & control.kinds, report(outcome)
+
+
+@pytest.mark.timeout(180)
+async def test_with_every_guard_the_same_faults_break_nothing(tmp_path: Path) -> None:
+    faults = tuple(dict.fromkeys(fault for control in CONTROLS.values() for fault in control.faults))
+    control = Control([], faults, set(), seconds=60, together=0.2)
+    outcome = await run(options(control, tree(tmp_path / "source", SLOWLY)))
+    assert {window.names[0] for window in outcome.windows} >= set(faults)
+    verdict = outcome.verdict
+    verdict.slow = []
+    assert not verdict.breaches(), report(outcome)
