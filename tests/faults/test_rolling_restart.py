@@ -221,6 +221,7 @@ async def test_three_pods_are_replaced_one_by_one_and_nobody_is_refused_or_forgo
         lives = pod.output().split('"pod.started"')[1:]
         assert len(lives) == 2
         assert all('"turn.completed"' in life for life in lives), "each pod had visitors, before and after"
+        assert "Traceback" not in pod.output()
 
 
 @needs_haproxy
