@@ -202,9 +202,15 @@ class Pod:
         await _end(background)
         log.info("pod.stopped")
 
-    def begin_drain(self) -> None:
-        """Says on /readyz that this pod goes away, and ends what would never end by itself."""
+    def announce_drain(self) -> None:
+        """Says on /readyz that this pod goes away; all else goes on as usual."""
+        if not self.draining:
+            log.info("pod.draining")
         self.draining = True
+
+    def begin_drain(self) -> None:
+        """Announces it, and ends what would never end by itself."""
+        self.announce_drain()
         self.streams.close()
 
     async def drain(self) -> None:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from persistence.migrate import load_migrations, migrate
 from persistence.postgres import Postgres
 
 STORES = ("redis_url", "database_url")
+KEEP_ALIVE_S = 75
+"""Longer than balancers keep an idle connection: they close it, not the pod, which could do so under the next request."""
 
 
 class QuietServer(uvicorn.Server):
@@ -126,7 +128,11 @@ async def end_leftovers() -> None:
 
 
 async def serve_pod(pod: Pod) -> None:
-    """Serves a pod until SIGTERM or SIGINT. Raises ServerError when it cannot listen."""
+    """Serves a pod until SIGTERM or SIGINT. Raises ServerError when it cannot listen.
+
+    SIGTERM gives notice first: not ready any more, but everything is answered, until the balancer has noticed. SIGINT and
+    any second signal end the notice. Then the pod stops to accept and drains.
+    """
     settings = pod.settings
     config = uvicorn.Config(
         pod.app,
@@ -140,18 +146,34 @@ async def serve_pod(pod: Pod) -> None:
         server_header=False,
         proxy_headers=bool(settings.trusted_proxies),
         forwarded_allow_ips=settings.trusted_proxies,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s) + 2,
     )
     server = QuietServer(config)
+    leaving: list[asyncio.Task[None]] = []
+    notice_over = asyncio.Event()
 
-    draining: list[asyncio.Task[None]] = []
-
-    def stop() -> None:
-        if not draining:
-            draining.append(asyncio.create_task(pod.drain()))
+    async def leave() -> None:
+        pod.announce_drain()
+        # Connections that are kept alive would lead back here, past every balancer.
+        config.encoded_headers.append((b"connection", b"close"))
+        with suppress(TimeoutError):
+            await asyncio.wait_for(notice_over.wait(), settings.drain_notice_s)
         server.should_exit = True
+        await pod.drain()
 
-    on_signals(stop)
+    def on_sigterm() -> None:
+        if leaving:
+            notice_over.set()
+        else:
+            leaving.append(asyncio.create_task(leave()))
+
+    def on_sigint() -> None:
+        notice_over.set()
+        on_sigterm()
+
+    on_signals(on_sigterm, signal.SIGTERM)
+    on_signals(on_sigint, signal.SIGINT)
     try:
         await server.serve()
     except SystemExit as error:
@@ -159,10 +181,10 @@ async def serve_pod(pod: Pod) -> None:
         raise ServerError(f"cannot listen on {settings.host}:{settings.port}") from error
 
 
-def on_signals(stop: Callable[[], None]) -> None:
-    """Calls `stop` on SIGTERM and SIGINT."""
+def on_signals(stop: Callable[[], None], *numbers: signal.Signals) -> None:
+    """Calls `stop` on these signals; without any named, on SIGTERM and SIGINT."""
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in numbers or (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop)
 
 

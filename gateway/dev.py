@@ -121,6 +121,8 @@ def _settings(options: DevOptions, variables: dict[str, str]) -> Settings:
             json.dump({"SECRET_KEY": secrets.token_urlsafe(32), "ADMIN_KEY": secrets.token_urlsafe(16)}, out)
     for name, value in json.loads(file.read_text()).items():
         variables.setdefault(f"GATEWAY_{name}", value)
+    # There is no balancer to be given notice.
+    variables.setdefault("GATEWAY_DRAIN_NOTICE_S", "0")
     return load_settings({**variables, "GATEWAY_PORT": str(options.port)})
 
 

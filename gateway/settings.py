@@ -57,8 +57,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How long a dead pod can block a session."""
     queue_wait_s: Annotated[float, msgspec.Meta(gt=0, le=300)] = 30
     """How long a message waits for the turn before it."""
+    drain_notice_s: Annotated[float, msgspec.Meta(ge=0, le=300)] = 5
+    """How long a pod goes on as usual after SIGTERM while /readyz fails already: balancers need some seconds to notice."""
     drain_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 20
-    """How long running turns, or a worker's backlog, may take to end after SIGTERM."""
+    """How long running turns may take to end after the notice, or a worker's backlog after SIGTERM."""
     max_backlog: Annotated[int, msgspec.Meta(ge=1)] = 200_000
     """Records that may wait for Postgres in a partition before new turns get 503 backlog_full."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1_024, le=16_777_216)] = 262_144

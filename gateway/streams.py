@@ -4,7 +4,8 @@ The pod that runs a turn numbers its events, hands them to its own readers at on
 background, some at a time. Other pods follow that log, once per turn however many read it there. A reader holds a position
 in a log that all readers of the turn share, so a slow one costs nothing.
 
-What always holds: numbers have no gaps, and exactly one terminal event ends every stream of a turn.
+What always holds: numbers have no gaps, and exactly one terminal event ends every stream of a turn. A stream without one
+was cut, by the network or because its pod goes away, and is to be resumed.
 """
 
 import asyncio
@@ -53,6 +54,7 @@ class TurnLog:
         self.first = 1
         self.events: list[Event] = []
         self.done = False
+        self.cut_off = False
         self._bytes = 0
         self._changed = asyncio.Event()
 
@@ -78,6 +80,14 @@ class TurnLog:
             self.first += len(dropped)
             self._bytes -= sum(len(old.data) for old in dropped)
         self.done = event.kind in TERMINAL
+        self._wake()
+
+    def cut(self) -> None:
+        """Ends the streams of this log where they are; their readers resume on another pod."""
+        self.cut_off = True
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -208,8 +218,11 @@ class Streams:
         self._own.pop(turn_id, None)
 
     def close(self) -> None:
-        """Ends the feeds of sessions, which would never end by themselves; turns end with their last event."""
+        """Ends the feeds of sessions, which would never end by themselves, and the streams of other pods' turns. Those of
+        turns that run here end with their turns."""
         self._closing.set()
+        for followed in self._followed.values():
+            followed.log.cut()
 
     async def open_turn(
         self, session_id: str, turn_id: str, access: Access, cursor: Cursor | None, *, repeat_end: bool = True
@@ -238,6 +251,8 @@ class Streams:
         # Here and not in `open_turn`: a reader that never begins to read has nothing to undo.
         followed = self._followed.setdefault(turn_id, followed)
         followed.readers += 1
+        if self._closing.is_set():
+            followed.log.cut()
         if followed.task is None:
             followed.task = asyncio.create_task(self._follow(followed, turn_id, access))
         try:
@@ -448,6 +463,8 @@ async def render(turn_log: TurnLog, cursor: Cursor | None, *, repeat_end: bool =
         elif turn_log.done:
             if repeat_end or position > turn_log.last:
                 yield _event(turn_log.fence, max(position, turn_log.last), turn_log.events[-1])
+            return
+        elif turn_log.cut_off:
             return
         elif not await turn_log.changed(HEARTBEAT_S):
             yield HEARTBEAT

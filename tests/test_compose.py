@@ -1,6 +1,7 @@
 """The production shape in compose.yaml keeps what the gateway relies on: read from the file, no Docker engine."""
 
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,9 @@ import msgspec
 import pytest
 import yaml
 
+from gateway.cli import KEEP_ALIVE_S
 from gateway.settings import Settings
+from persistence.postgres import Postgres
 
 COMPOSE_FILE = Path(__file__).parent.parent / "compose.yaml"
 SECRETS = {"GATEWAY_SECRET_KEY", "GATEWAY_ADMIN_KEY", "POSTGRES_PASSWORD"}
@@ -118,9 +121,17 @@ def test_whatever_another_service_waits_for_says_when_it_is_healthy(services: di
                 assert "healthcheck" in services[name]
 
 
+def seconds(text: str) -> float:
+    match = re.fullmatch(r"(\d+)s", text)
+    assert match is not None, f"{text} is not in seconds"
+    return float(match[1])
+
+
 def test_pods_and_workers_get_time_to_finish_what_they_run(services: dict[str, Service]) -> None:
+    longest_s = Settings().drain_notice_s + Settings().drain_s
     for name in PODS | WORKERS:
-        assert services[name]["stop_grace_period"] == "30s"
+        assert not {"GATEWAY_DRAIN_NOTICE_S", "GATEWAY_DRAIN_S"} & services[name]["environment"].keys()
+        assert seconds(services[name]["stop_grace_period"]) >= longest_s + 5
 
 
 def test_a_pod_is_healthy_when_it_is_ready_and_needs_no_curl_to_say_so(services: dict[str, Service]) -> None:
@@ -170,6 +181,22 @@ def test_the_balancer_asks_each_pod_whether_it_is_ready(haproxy_lines: list[str]
     assert "option httpchk" in haproxy_lines
     assert any(line.startswith("http-check send meth GET uri /readyz") for line in haproxy_lines)
     assert any(line.startswith("default-server check ") for line in haproxy_lines)
+
+
+def test_the_balancer_notices_that_a_pod_leaves_within_half_of_its_notice(haproxy_lines: list[str]) -> None:
+    (check,) = (line.split() for line in haproxy_lines if line.startswith("default-server check "))
+    inter_s, fall = seconds(check[check.index("inter") + 1]), int(check[check.index("fall") + 1])
+    assert inter_s * fall <= Settings().drain_notice_s / 2
+
+
+def test_a_pod_whose_postgres_hangs_has_time_to_say_that_it_is_ready(haproxy_lines: list[str]) -> None:
+    (limit,) = (line.split()[2] for line in haproxy_lines if line.startswith("timeout check "))
+    assert seconds(limit) > signature(Postgres).parameters["timeout_s"].default
+
+
+def test_an_idle_connection_is_closed_by_the_balancer_before_the_pod_does(haproxy_lines: list[str]) -> None:
+    (limit,) = (line.split()[2] for line in haproxy_lines if line.startswith("timeout http-keep-alive "))
+    assert seconds(limit) < KEEP_ALIVE_S
 
 
 def test_no_session_is_tied_to_a_pod(haproxy_lines: list[str]) -> None:

@@ -14,6 +14,8 @@ import httpx
 import pytest
 import redis
 
+from gateway.dev import DevOptions
+from gateway.dev import _settings as dev_settings
 from gateway.servers import port_is_free
 from tests.support.commands import DevServer, Done, paste, processes_of, program_of, run_gateway
 from tests.support.serving import wait_for
@@ -117,6 +119,12 @@ async def test_interrupted_while_it_starts_it_leaves_nothing_behind(dev: StartDe
     await server.stop(signal.SIGINT)
     assert processes_of(server.data) == []
     assert "Traceback" not in server.printed
+
+
+def test_it_gives_no_notice_because_there_is_no_balancer(tmp_path: Path) -> None:
+    options = DevOptions(port=8000, data=tmp_path, worker=True)
+    assert dev_settings(options, {}).drain_notice_s == 0
+    assert dev_settings(options, {"GATEWAY_DRAIN_NOTICE_S": "3"}).drain_notice_s == 3
 
 
 async def test_a_port_that_cannot_be_used_is_named(tmp_path: Path) -> None:

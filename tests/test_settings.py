@@ -80,6 +80,8 @@ def test_a_misspelt_setting_is_named_with_the_one_that_was_meant() -> None:
         ("LEASE_S", "0"),
         ("LEASE_S", "nan"),
         ("LEASE_S", "inf"),
+        ("DRAIN_NOTICE_S", "-1"),
+        ("DRAIN_NOTICE_S", "301"),
         ("DRAIN_S", "-1"),
         ("DRAIN_S", "nan"),
         ("SESSION_TIMEOUT_S", "0"),

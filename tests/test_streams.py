@@ -1098,18 +1098,39 @@ async def test_a_watched_session_that_there_is_not_is_a_problem(pods: Pods, spok
 async def test_the_second_tab_ends_when_the_pod_goes_away(pods: Pods, spoken: Spoken, session_id: str) -> None:
     await spoken_turn(pods[0], spoken, session_id, "Hello", "Hi")
     async with speak(pods[0].client, session_id, "Again") as stream:
-        await stream.take(1)
-        async with watch(pods[1].client, session_id) as idle:
+        turn_id = (await stream.take(1))[0].data["turn_id"]
+        async with watch(pods[1].client, session_id) as idle, resume(pods[1].client, session_id, turn_id) as follower:
             await idle.take(1)
+            await follower.take(1)
             pods[1].pod.begin_drain()
+            # The turn runs elsewhere, and can be followed elsewhere: nobody waits here for its end.
+            assert await rest_of(idle) == await rest_of(follower) == []
+        async with resume(pods[1].client, session_id, turn_id) as late:
+            assert await rest_of(late) == stream.events
+        async with (
+            watch(pods[0].client, session_id, idle.cursor) as tab,
+            resume(pods[0].client, session_id, turn_id, follower.cursor) as follower,
+        ):
             spoken.end("Again")
-            assert kinds(await rest_of(idle))[-1] == "turn.completed"
-        await rest_of(stream)
+            assert await rest_of(follower) == (await rest_of(stream))[-2:] == await tab.take(2)
     answer = await pods[1].client.get(f"/api/sessions/{session_id}/events")
     assert problem(answer, 503, "draining")["retryable"]
-    async with watch(pods[0].client, session_id, idle.cursor) as tab:
+    async with watch(pods[0].client, session_id, tab.cursor) as tab:
         spoken.end("Third")
         assert await spoken_turn(pods[0], spoken, session_id, "Third") == await tab.take(3)
+
+
+async def test_a_second_tab_on_the_pod_that_runs_the_turn_sees_its_end_before_the_pod_goes_away(
+    pods: Pods, spoken: Spoken, session_id: str
+) -> None:
+    await spoken_turn(pods[0], spoken, session_id, "Hello", "Hi")
+    async with speak(pods[0].client, session_id, "Again") as stream, watch(pods[0].client, session_id) as tab:
+        assert await stream.take(1) == await tab.take(1)
+        pods[0].pod.begin_drain()
+        spoken.end("Again")
+        ended = await rest_of(stream)
+        assert kinds(ended)[-1] == "turn.completed"
+        assert await rest_of(tab) == ended
 
 
 async def test_an_idle_second_tab_ends_when_the_pod_goes_away(pods: Pods, spoken: Spoken, session_id: str) -> None:

@@ -68,6 +68,7 @@ class GatewayProcess:
             "GATEWAY_SECRET_KEY": SECRET_KEY,
             "GATEWAY_ADMIN_KEY": ADMIN_KEY,
             "GATEWAY_PORT": str(self.port),
+            "GATEWAY_DRAIN_NOTICE_S": "0",
             "GATEWAY_LOG_FORMAT": "json",
             **environment,
         }
