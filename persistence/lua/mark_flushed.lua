@@ -2,19 +2,18 @@
 -- Notes that records are in Postgres: takes them off the outbox, raises `flushed`, sets the TTLs that have become due.
 -- Marking the same record again changes nothing.
 --
--- KEYS 1 outbox stream, 2 live zset, 3 ... session hashes
+-- KEYS 1 outbox stream, 2 outbox bytes string, 3 live zset, 4 ... session hashes
 -- ARGV session_id ('' : the reply is about several), nonce, group, records: for each record, separated by a space,
 --      entry,fact,index of its session's key from 1
 -- replies marked, session_id, nonce, number of records taken off
-local outbox_key, live_key = KEYS[1], KEYS[2]
+local outbox_key, bytes_key, live_key = KEYS[1], KEYS[2], KEYS[3]
 local args = named(ARGV)
 local session_keys = {}
-for i = 3, #KEYS do session_keys[i - 2] = KEYS[i] end
+for i = 4, #KEYS do session_keys[i - 3] = KEYS[i] end
 
 local removed, done = 0, {}
 for entry, fact, index in string.gmatch(args.records, '([^, ]+),([^, ]+),(%d+)') do
-  redis.call('XACK', outbox_key, args.group, entry)
-  removed = removed + redis.call('XDEL', outbox_key, entry)
+  if dequeue(outbox_key, bytes_key, args.group, entry) then removed = removed + 1 end
   local session_key = session_keys[tonumber(index)]
   done[session_key] = done[session_key] or {}
   done[session_key][fact .. '@' .. entry] = true
