@@ -13,6 +13,11 @@ local STATE = {
   'waiting', 'rate_tat_ms',
 }
 
+local FIELDS = {}
+for _, names in ipairs({HEADER, STATE}) do
+  for _, name in ipairs(names) do FIELDS[#FIELDS + 1] = name end
+end
+
 -- ARGV as name, value, name, value ... becomes a table.
 local function named(argv)
   local args = {}
@@ -62,12 +67,9 @@ end
 
 -- The session's fields by name, or nil when there is no such session.
 local function load(key)
-  local names = {}
-  for _, name in ipairs(HEADER) do names[#names + 1] = name end
-  for _, name in ipairs(STATE) do names[#names + 1] = name end
-  local values = redis.call('HMGET', key, unpack(names))
+  local values = redis.call('HMGET', key, unpack(FIELDS))
   local session, found = {}, false
-  for i, name in ipairs(names) do
+  for i, name in ipairs(FIELDS) do
     session[name] = values[i]
     if values[i] then found = true end
   end
@@ -87,10 +89,7 @@ local function damage(session)
   for _, name in ipairs({'message_count', 'turns', 'revision', 'first_hot', 'flushed', 'hot_ttl_s'}) do
     if not whole(session[name]) then return name end
   end
-  for _, name in ipairs(HEADER) do
-    if not session[name] then return name end
-  end
-  for _, name in ipairs(STATE) do
+  for _, name in ipairs(FIELDS) do
     if not session[name] then return name end
   end
   local uuid = '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$'

@@ -67,7 +67,7 @@ class Layer:
         scripts: Scripts | None = None,
         *,
         lease_ms: int = 15_000,
-        max_backlog: int = 1000,
+        max_backlog: int = 200_000,
         max_backlog_bytes: int = 2**30,
     ) -> None:
         self.client = client
