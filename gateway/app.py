@@ -63,7 +63,11 @@ class Stores:
         self.client: Client = connect(settings.redis_url)
         self.scripts = Scripts(self.client)
         self.sessions = SessionStore(
-            self.scripts, self.keys, lease_ms=int(settings.lease_s * 1000), max_backlog=settings.max_backlog
+            self.scripts,
+            self.keys,
+            lease_ms=int(settings.lease_s * 1000),
+            max_backlog=settings.max_backlog,
+            max_backlog_bytes=settings.max_backlog_bytes,
         )
         self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
         self.logs = EventLogs(self.scripts, self.keys)

@@ -24,6 +24,7 @@ class Metrics:
             "gateway_foreign_replies", "Redis replies that belonged to another call", registry=self.registry
         )
         self.outbox_records = Gauge("gateway_outbox_records", "Records not in Postgres yet", registry=self.registry)
+        self.outbox_bytes = Gauge("gateway_outbox_bytes", "Bytes of the records not in Postgres yet", registry=self.registry)
         self.outbox_lag_seconds = Gauge("gateway_outbox_lag_seconds", "Age of the oldest of them", registry=self.registry)
         self.dead_letters = Gauge("gateway_dead_letters", "Records that Postgres refused", registry=self.registry)
 

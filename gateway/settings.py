@@ -62,7 +62,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     drain_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 20
     """How long running turns may take to end after the notice, or a worker's backlog after SIGTERM."""
     max_backlog: Annotated[int, msgspec.Meta(ge=1)] = 200_000
-    """Records that may wait for Postgres in a partition before new turns get 503 backlog_full."""
+    """Records that may wait for Postgres before new turns get 503 backlog_full. A partition has an even share."""
+    max_backlog_bytes: Annotated[int, msgspec.Meta(ge=1)] = 1_073_741_824
+    """Bytes of those records, likewise."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1_024, le=16_777_216)] = 262_144
     """Largest request body."""
     max_message_chars: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 32_000

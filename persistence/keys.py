@@ -4,7 +4,9 @@ key                                type    life                      written by
 gw:{p}:session:<session_id>        hash    TTL only when all of it   lua/open, begin, commit, abort, renew, hydrate, end,
                                            is in Postgres and no     time_out, erase, mark_flushed, dead_letter, reap
                                            turn runs on it
-gw:{p}:outbox                      stream  permanent                 lua/open, commit, end, time_out, erase
+gw:{p}:outbox                      stream  permanent                 lua/open, commit, end, time_out, erase, retry_dead
+gw:{p}:outbox_bytes                string  permanent                 whoever adds to the outbox or takes from it: the
+                                                                     bytes of the records on it
 gw:{p}:dead                        stream  permanent                 lua/dead_letter
 gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given)
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim
@@ -58,6 +60,9 @@ class Keys:
     def outbox(self, partition: int) -> str:
         return f"{self._heads[partition]}outbox"
 
+    def outbox_bytes(self, partition: int) -> str:
+        return f"{self._heads[partition]}outbox_bytes"
+
     def dead(self, partition: int) -> str:
         return f"{self._heads[partition]}dead"
 
@@ -85,5 +90,5 @@ class Keys:
 
     def permanent(self) -> set[str]:
         """The keys that live without a TTL, agents' apart."""
-        names = ("outbox", "dead", "fence", "live", "running")
+        names = ("outbox", "outbox_bytes", "dead", "fence", "live", "running")
         return {self.meta} | {head + name for head in self._heads for name in names}

@@ -26,9 +26,10 @@ class Taken(msgspec.Struct):
 
 
 class Backlog(msgspec.Struct):
-    """Records that wait for Postgres: how many, and for how long the oldest has."""
+    """Records that wait for Postgres: how many, how many bytes of them, and for how long the oldest has waited."""
 
     records: int
+    bytes: int
     lag_ms: int
     dead: int
 
@@ -88,9 +89,13 @@ class Outbox:
         session_ids = list(dict.fromkeys(record.session.session_id for record in records))
         index = {session_id: i + 1 for i, session_id in enumerate(session_ids)}
         tokens = " ".join(f"{record.entry},{record.fact},{index[record.session.session_id]}" for record in records)
-        keys = [self._keys.outbox(partition), self._keys.live(partition), *map(self._keys.session, session_ids)]
+        keys = [*self._outbox(partition), self._keys.live(partition), *map(self._keys.session, session_ids)]
         reply = await self._scripts.run("mark_flushed", "", keys, {"group": GROUP, "records": tokens}, 5)
         return int(reply[1])
+
+    def _outbox(self, partition: int) -> tuple[str, str]:
+        """An outbox and the counter of its bytes."""
+        return self._keys.outbox(partition), self._keys.outbox_bytes(partition)
 
     def _session_key(self, partition: int, session_id: str) -> str:
         """The session's key; for an id that is damaged, or missing, one in the partition's own slot that never exists."""
@@ -103,7 +108,7 @@ class Outbox:
         reply = await self._scripts.run(
             "dead_letter",
             session_id,
-            [self._keys.outbox(partition), self._keys.dead(partition), self._session_key(partition, session_id)],
+            [*self._outbox(partition), self._keys.dead(partition), self._session_key(partition, session_id)],
             {"group": GROUP, "entry": entry, "fact": fact, "reason": reason},
         )
         return bool(reply[0] == "moved")
@@ -129,7 +134,7 @@ class Outbox:
     async def retry_dead(self, letter: DeadLetter) -> bool:
         """Puts a dead letter back on the outbox; whether it was there."""
         partition, session_id = letter.partition, letter.session_id
-        keys = [self._keys.outbox(partition), self._keys.dead(partition), self._session_key(partition, session_id)]
+        keys = [*self._outbox(partition), self._keys.dead(partition), self._session_key(partition, session_id)]
         reply = await self._scripts.run("retry_dead", session_id, keys, {"dead_entry": letter.entry})
         return bool(reply[0] == "queued")
 
@@ -148,13 +153,18 @@ class Outbox:
         """How far Postgres is behind, over all partitions."""
         outboxes = [self._keys.outbox(partition) for partition in self.partitions]
         records = await gather_bounded(self._length(outbox) for outbox in outboxes)
+        counted = await gather_bounded(self._bytes(partition) for partition in self.partitions)
         dead = await gather_bounded(self._length(self._keys.dead(partition)) for partition in self.partitions)
         oldest = await gather_bounded(self._range(outbox, 1) for outbox in outboxes)
         lags = [now_ms - int(entry.split(b"-")[0]) for entry, _ in chain.from_iterable(oldest)]
-        return Backlog(sum(records), max(lags, default=0), sum(dead))
+        return Backlog(sum(records), sum(counted), max(lags, default=0), sum(dead))
 
     async def _length(self, key: str) -> int:
         return int(await call(lambda: self._client.execute_command("XLEN", key)))
+
+    async def _bytes(self, partition: int) -> int:
+        counted = await call(lambda: self._client.execute_command("GET", self._keys.outbox_bytes(partition)))
+        return int(counted) if counted and counted.isdigit() else 0
 
     async def _range(self, key: str, limit: int) -> list[tuple[bytes, list[bytes]]]:
         reply: list[Any] = await call(lambda: self._client.xrange(key, count=limit), 5)

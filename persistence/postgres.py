@@ -251,10 +251,10 @@ def _session_row(session: Session) -> tuple[Any, ...]:
     # Only the canonical form comes back as it was: 32 hex digits are somebody else's kind of id.
     user_uuid = session.user_id if as_uuid(session.user_id) == session.user_id else None
     return (
-        UUID(session.id),
+        session.id,
         session.session_id,
-        UUID(session.agent_id),
-        UUID(user_uuid) if user_uuid else None,
+        session.agent_id,
+        user_uuid,
         None if user_uuid else session.user_id or None,
         session.website_domain or None,
         session.ip_address or None,
@@ -277,8 +277,8 @@ def _message_rows(session: Session, fact: str, turn: Turn) -> list[tuple[Any, ..
     last = len(turn.messages) - 1
     return [
         (
-            UUID(message.id),
-            UUID(session.id),
+            message.id,
+            session.id,
             message.role,
             message.content,
             message.audio_url,
@@ -287,7 +287,7 @@ def _message_rows(session: Session, fact: str, turn: Turn) -> list[tuple[Any, ..
             message.latency_ms,
             message.model_used,
             None if message.metadata is None else encode_object(message.metadata),
-            UUID(turn.id),
+            turn.id,
             number,
             turn.seq + index,
             turn.message_id if message.role == "user" else None,

@@ -5,6 +5,7 @@ It never reads Postgres: a session that is not in Redis comes back as `Absent` w
 Postgres installs it with `hydrate` under that ticket.
 """
 
+from math import ceil
 from typing import Any, Literal
 
 import msgspec
@@ -153,14 +154,26 @@ class Snapshot(msgspec.Struct):
 
 
 class SessionStore:
-    """Sessions in one Redis. `lease_ms` is how long a dead pod can block a session, `max_backlog` how many records may
-    wait for Postgres in a partition before new turns are refused."""
+    """Sessions in one Redis. `lease_ms` is how long a dead pod can block a session; `max_backlog` records, and
+    `max_backlog_bytes` of them, may wait for Postgres before new turns are refused. Each partition has an even share,
+    rounded up: a script sees no other than its own."""
 
-    def __init__(self, scripts: Scripts, keys: Keys, *, lease_ms: int = 15_000, max_backlog: int = 200_000) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        keys: Keys,
+        *,
+        lease_ms: int = 15_000,
+        max_backlog: int = 200_000,
+        max_backlog_bytes: int = 2**30,
+    ) -> None:
         self._scripts = scripts
         self._keys = keys
         self.lease_ms = lease_ms
-        self._max_backlog = max_backlog
+        self._room = {
+            "max_backlog": ceil(max_backlog / keys.partitions),
+            "max_backlog_bytes": ceil(max_backlog_bytes / keys.partitions),
+        }
 
     def _key(self, session_id: str, *names: str) -> list[str]:
         """The session's key, then the keys of its partition by name; `ticket` is the session's own."""
@@ -187,7 +200,7 @@ class SessionStore:
         reply = await self._scripts.run(
             "begin",
             session_id,
-            self._key(session_id, "outbox", "fence", "running", "ticket"),
+            self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket"),
             {
                 "turn_id": turn_id,
                 **access_arguments(access),
@@ -201,7 +214,7 @@ class SessionStore:
                 "waiter_ms": WAITER_MS,
                 "rate_messages": policy.rate_messages,
                 "rate_ms": policy.rate_per_s * 1000,
-                "max_backlog": self._max_backlog,
+                **self._room,
                 "ticket_ms": TICKET_MS,
                 "channel": self._keys.channel(session_id),
             },
@@ -244,7 +257,7 @@ class SessionStore:
         reply = await self._scripts.run(
             "commit",
             session_id,
-            [*self._key(session_id, "outbox", "live", "running"), self._keys.events(session_id, turn_id)],
+            [*self._key(session_id, "outbox", "outbox_bytes", "live", "running"), self._keys.events(session_id, turn_id)],
             {
                 "turn_id": turn_id,
                 "fence": fence,
@@ -279,7 +292,7 @@ class SessionStore:
         reply = await self._scripts.run(
             "open",
             new.session_id,
-            self._key(new.session_id, "outbox", "fence", "live", "ticket"),
+            self._key(new.session_id, "outbox", "outbox_bytes", "fence", "live", "ticket"),
             {
                 "id": new.id,
                 **access_arguments(Access(new.agent_id, new.website_domain, authorized)),
@@ -292,7 +305,7 @@ class SessionStore:
                 "hot_ttl_s": new.hot_ttl_s,
                 "ticket": ticket or "",
                 "ticket_ms": TICKET_MS,
-                "max_backlog": self._max_backlog,
+                **self._room,
             },
         )
         match reply:
@@ -349,7 +362,7 @@ class SessionStore:
 
     async def end(self, session_id: str, access: Access) -> Session | Absent | Refused:
         """Ends the session for good."""
-        keys = self._key(session_id, "outbox", "fence", "running", "ticket")
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket")
         arguments = {**access_arguments(access), "ticket_ms": TICKET_MS, "channel": self._keys.channel(session_id)}
         reply = await self._scripts.run("end", session_id, keys, arguments)
         match reply:
@@ -362,13 +375,13 @@ class SessionStore:
 
     async def time_out(self, session_id: str, idle_ms: int) -> bool | Absent:
         """Marks the session as timed out if it was idle for `idle_ms`; whether it did."""
-        keys = self._key(session_id, "outbox", "fence", "ticket")
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "ticket")
         reply = await self._scripts.run("time_out", session_id, keys, {"idle_ms": idle_ms, "ticket_ms": TICKET_MS})
         return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "timed_out"
 
     async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
         """Erases the session; returns its UUID."""
-        keys = self._key(session_id, "outbox", "fence", "live", "running", "dead", "ticket")
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket")
         logged = ""
         while True:
             # Which logs there are only the session knows, and a script is told its keys beforehand.

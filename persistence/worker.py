@@ -6,6 +6,7 @@ been committed; flushing it again changes nothing; an error that is not the data
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from math import ceil
 from time import monotonic
 
 import structlog
@@ -19,7 +20,9 @@ from persistence.records import Record, decode_record
 
 log = structlog.get_logger()
 
-BATCH = 500
+BATCH = 1000
+"""Records taken at once, and `PART` those of one transaction: larger ones would keep Redis from visitors for too long."""
+PART = 250
 IDLE_S = 0.05
 MAX_IDLE_S = 0.25
 MAX_BACKOFF_S = 2.0
@@ -103,7 +106,7 @@ class Worker:
                 records.append(decode_record(entry, fields))
             except Damaged as error:
                 await self._bury(partition, entry, fields, str(error))
-        flushed, refused = await self._flush(partition, records)
+        flushed, refused = await self._flush_side_by_side(partition, records)
         log.info(
             "outbox.flushed",
             partition=partition,
@@ -112,6 +115,24 @@ class Worker:
             duration_ms=round((monotonic() - started) * 1000, 1),
         )
         return len(taken.entries)
+
+    async def _flush_side_by_side(self, partition: int, records: Sequence[Record]) -> tuple[int, int]:
+        """Flushes records in transactions of about PART each, so that Redis, Postgres and this process work at once.
+
+        A session's records are in one of them: none waits for another. Returns how many were flushed and how many refused.
+        """
+        parts: list[list[Record]] = [[] for _ in range(ceil(len(records) / PART))]
+        order: dict[str, int] = {}
+        for record in records:
+            parts[order.setdefault(record.session.session_id, len(order)) % len(parts)].append(record)
+        # All of them end before an error is raised: what is taken again is in no transaction any more.
+        outcomes = await asyncio.gather(*(self._flush(partition, part) for part in parts), return_exceptions=True)
+        flushed = refused = 0
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+            flushed, refused = flushed + outcome[0], refused + outcome[1]
+        return flushed, refused
 
     async def _flush(self, partition: int, records: Sequence[Record], *, again: bool = False) -> tuple[int, int]:
         """Flushes records in one transaction; on an error of the data halves them until the bad ones stand alone.

@@ -1,30 +1,28 @@
-"""Measures on servers of its own: how soon streamed text arrives, and what open streams cost.
+"""Measures on servers of its own: how soon streamed text arrives, what open streams cost, how fast a backlog drains.
 
 `scripts/bench streams` runs the graph by itself and behind a pod in turn, in one run, and prints medians.
+`scripts/bench drain` (bench_drain.py) queues turns while Postgres is down and measures what happens when it is back.
 """
 
 import argparse
 import asyncio
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 import uvloop
+from bench_drain import measure_drain
+from bench_servers import KEY, gateway, own_servers
 from redis.asyncio import Redis
 
 from gateway.runtime import Graphs, load_graphs
-from gateway.servers import HOST, PostgresServer, RedisServer, free_port
+from gateway.servers import HOST, RedisServer
 from gateway.turns import GraphInput
 from persistence.agents import Agent, AgentDefinition
 
-KEY = "a key of the bench's own, 32 characters"
 CHUNKS = 20
 DELAY_MS = 200
 AGENT = AgentDefinition(graph="echo", config={"chunks": CHUNKS, "delay_ms": DELAY_MS}, rate_limit=None)
@@ -37,39 +35,12 @@ def main() -> None:
     streams.add_argument("--rounds", type=int, default=200, help="turns measured each way (200)")
     streams.add_argument("--open", type=int, default=500, help="idle streams held open (500)")
     streams.set_defaults(run=measure_streams)
+    drain = commands.add_parser("drain", help="how fast what waited for Postgres arrives")
+    drain.add_argument("--turns", type=int, default=100_000, help="turns that wait (100,000)")
+    drain.set_defaults(run=measure_drain)
     options = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(options.run(options))
-
-
-@contextmanager
-def pod() -> Iterator[tuple[int, int, RedisServer]]:
-    """A pod as a process, with stores of its own: its port, its process id, its Redis."""
-    with tempfile.TemporaryDirectory() as folder:
-        # PostgreSQL may run as another user than this one.
-        Path(folder).chmod(0o755)
-        redis = RedisServer(Path(folder) / "redis", free_port())
-        postgres = PostgresServer(Path(folder) / "postgres", free_port(), database="gateway")
-        with redis, postgres:
-            port = free_port()
-            environment = {
-                **{name: value for name, value in os.environ.items() if not name.startswith("GATEWAY_")},
-                "GATEWAY_REDIS_URL": redis.url,
-                "GATEWAY_DATABASE_URL": postgres.url,
-                "GATEWAY_SECRET_KEY": KEY,
-                "GATEWAY_ADMIN_KEY": KEY,
-                "GATEWAY_PORT": str(port),
-                "GATEWAY_ADDRESS_RATE_LIMIT": "off",
-            }
-            gateway = [sys.executable, "-m", "gateway"]
-            subprocess.run([*gateway, "migrate"], env=environment, check=True, stdout=subprocess.DEVNULL)
-            with (Path(folder) / "pod.log").open("wb") as log:
-                process = subprocess.Popen([*gateway, "serve"], env=environment, stderr=log)
-                try:
-                    yield port, process.pid, redis
-                finally:
-                    process.terminate()
-                    process.wait(30)
 
 
 @asynccontextmanager
@@ -93,7 +64,8 @@ async def request(
 
 async def measure_streams(options: argparse.Namespace) -> None:
     """Prints the first token's time by the graph alone and behind a pod, and the memory of idle streams."""
-    with pod() as (port, process_id, redis):
+    with own_servers() as servers, gateway("serve", servers) as process_id:
+        port = int(servers.environment["GATEWAY_PORT"])
         for _ in range(200):
             try:
                 async with request(port, "GET", "/healthz"):
@@ -115,7 +87,7 @@ async def measure_streams(options: argparse.Namespace) -> None:
         print(f"  the graph alone      {median(alone):7.2f} ms")
         print(f"  behind the gateway   {median(served):7.2f} ms   (request sent to first text.delta read)")
         print(f"  difference           {median(served) - median(alone):7.2f} ms")
-        await idle_streams(port, process_id, redis, options.open)
+        await idle_streams(port, process_id, servers.redis, options.open)
 
 
 async def first_token_alone(graphs: Graphs) -> float:

@@ -89,7 +89,7 @@ async def stores(settings: Settings, empty: None) -> AsyncIterator[Stores]:
     yield stores
     wrong = await breaches(stores.client, stores.keys)
     await stores.close()
-    assert not wrong, "the one rule of the hot store: " + "; ".join(wrong)
+    assert not wrong, "; ".join(wrong)
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from persistence.records import Record, Session, Turn, decode_record, iso
 from persistence.scripts import Scripts
 from persistence.sessions import Absent, Begun, Busy, Committed, Opened, Refused, Replay, Snapshot, TurnPolicy
 from tests.support.layer import ACCESS, Layer, new_id, new_session, new_turn
+from tests.support.rule import miscounts
 
 Outcome = TypeVar("Outcome")
 
@@ -113,6 +114,11 @@ class Machine(RuleBasedStateMachine):
         """The outbox."""
         found: Any = await self.layer.client.xrange(self.layer.keys.outbox(0))
         return list(found)
+
+    async def put_aside(self) -> list[tuple[bytes, dict[bytes, bytes]]]:
+        """The dead letters, as (id on the outbox that they had, record)."""
+        found: Any = await self.layer.client.xrange(self.layer.keys.dead(0))
+        return [(record[b"entry"], record) for _, record in found]
 
     def run(self, work: Awaitable[Outcome]) -> Outcome:
         async def wrapped() -> Outcome:
@@ -324,6 +330,20 @@ class Machine(RuleBasedStateMachine):
             self.taken = []
             self.take()
 
+    @rule(data=st.data())
+    def refuse(self, data: st.DataObject) -> None:
+        """Postgres refuses a record: it is put aside."""
+        if self.taken:
+            record = data.draw(st.sampled_from(self.taken))
+            self.taken.remove(record)
+            self.run(self.layer.outbox.dead_letter(0, record.entry, record.session.session_id, record.fact, "a test"))
+
+    @rule()
+    def retry_dead(self) -> None:
+        for letter in self.run(self.layer.outbox.dead_letters()):
+            assert self.run(self.layer.outbox.retry_dead(letter))
+            assert not self.run(self.layer.outbox.retry_dead(letter))
+
     @rule(which=WHICH)
     def evict(self, which: int) -> None:
         """What volatile-lru may do at any moment."""
@@ -362,6 +382,10 @@ class Machine(RuleBasedStateMachine):
             - self._on_their_way()
         )
 
+    @invariant()
+    def the_counter_is_the_sum_of_what_waits(self) -> None:
+        assert self.run(miscounts(self.layer.client, self.layer.keys)) == []
+
     def _on_their_way(self) -> set[str]:
         """Turns that Postgres may still have until the erasure of their session is flushed."""
         current = {one.id for one in self.expected if one.status != "erased"}
@@ -371,7 +395,9 @@ class Machine(RuleBasedStateMachine):
         stored = self.tables.turns.get(one.id, {})
         fields = await self.layer.fields(one.session_id)
         waiting = {
-            entry.decode() for entry, record in await self.entries() if record[b"session_id"].decode() == one.session_id
+            entry.decode()
+            for entry, record in await self.entries() + await self.put_aside()
+            if record[b"session_id"].decode() == one.session_id
         }
         if not fields:
             assert not waiting, "records of a session that is not in Redis"
@@ -384,7 +410,9 @@ class Machine(RuleBasedStateMachine):
         assert fields["id"] == one.id
         assert fields["status"] == one.status
         tokens = fields["unflushed"].split()
-        assert {token.split("@")[1] for token in tokens} == waiting, "what is unflushed is what is on the outbox"
+        assert {token.split("@")[1] for token in tokens} == waiting, (
+            "what is unflushed is what is on the outbox or put aside"
+        )
         assert len(tokens) == len(waiting)
         settled = not waiting and not fields["turn"]
         assert await self.layer.has_ttl(one.session_id) == settled, "the one rule"
@@ -484,6 +512,17 @@ class Trusting(Forgetful):
         self._change("hydrate", broken)
 
 
+class Miscounting(Forgetful):
+    """Control: takes records off the outbox and their bytes not off its counter."""
+
+    def __init__(self, client: Client) -> None:
+        FakeScripts.__init__(self, client)
+        for name, text in list(self._texts.items()):
+            broken = text.replace("outbox_bytes(bytes_key) - bytes", "outbox_bytes(bytes_key)")
+            assert broken != text
+            self._change(name, broken)
+
+
 class Unfenced(Forgetful):
     """Control: commits for whoever asks."""
 
@@ -512,7 +551,7 @@ def finds_fault(kind: type[Scripts]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", [Forgetful, Impatient, Trusting, Unfenced])
+@pytest.mark.parametrize("kind", [Forgetful, Impatient, Trusting, Miscounting, Unfenced])
 def test_the_model_notices_scripts_that_are_broken(kind: type[Scripts]) -> None:
     """Control: each guard taken out of the scripts, one at a time."""
     assert finds_fault(kind)

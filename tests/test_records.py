@@ -406,6 +406,12 @@ def test_a_stored_record_of_format_1_is_read() -> None:
     check_session(record.session)
 
 
+def test_a_stored_record_that_carries_its_bytes_is_read() -> None:
+    """As written since the bytes of the outbox are counted."""
+    counted = {**RECORD_1, "bytes": "867"}
+    assert decode_record(b"1767225602000-0", entry(counted)) == decode_record(b"1767225602000-0", entry(RECORD_1))
+
+
 def test_a_record_with_fields_of_a_later_version_is_read() -> None:
     turn = json.loads(RECORD_1["turn"])
     later = {**RECORD_1, "turn": json.dumps({**turn, "colour": "blue"}), "colour": "blue"}

@@ -71,6 +71,7 @@ class OpsApi:
         """GET /metrics"""
         backlog = await self._outbox.backlog(int(time() * 1000))
         self._metrics.outbox_records.set(backlog.records)
+        self._metrics.outbox_bytes.set(backlog.bytes)
         self._metrics.outbox_lag_seconds.set(backlog.lag_ms / 1000)
         self._metrics.dead_letters.set(backlog.dead)
         self._metrics.foreign_replies.set(self._scripts.foreign_replies)

@@ -2,11 +2,11 @@
 -- Begins a turn: checks everything that can refuse it, takes the session's lease under a new fence, and hands back the
 -- session with its newest turns. Repeating it with the same turn_id begins nothing twice.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 running zset, 5 ticket string
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
 -- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0), message_id ('' none), digest (of the message),
 --      lease_ms, hot_turns (how many of the newest turns to return), hot_ttl_s,
 --      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
---      rate_messages (0: no limit) per rate_ms, max_backlog (outbox entries), ticket_ms, channel
+--      rate_messages (0: no limit) per rate_ms, max_backlog and max_backlog_bytes (of the outbox), ticket_ms, channel
 -- replies (each followed by session_id and nonce)
 --   begun      fence, now_ms, first turn number returned, header, turns
 --   absent     ticket: hydrate or open under it, then begin again
@@ -17,7 +17,8 @@
 --   queue_full | ended | erased | foreign | unauthorized | backlog_full
 --   limited    retry_after_ms
 --   damaged    field
-local session_key, outbox_key, fence_key, running_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -72,6 +73,8 @@ if busy and message ~= '' and string.match(session.turn_message_id, '^%S*') == a
   if session.turn_message_id ~= message then return reply('reused') end
   return reply('busy', lease_until - now, 1, session.turn)
 end
+-- A new turn is refused before it interrupts another or waits for it in vain.
+if backlog_full(outbox_key, bytes_key, args) then return reply('backlog_full') end
 -- Who interrupts is told whom: cancelling that turn comes first, and its log ends with it.
 if busy and args.if_busy == 'interrupt' then return reply('busy', lease_until - now, 0, session.turn) end
 if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) then
@@ -84,8 +87,6 @@ if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) th
   store(session_key, session, {waiting = table.concat(waiting, ' ')})
   return reply('queued', position)
 end
-
-if redis.call('XLEN', outbox_key) >= tonumber(args.max_backlog) then return reply('backlog_full') end
 
 -- Generic cell rate algorithm (ITU-T I.371): one timestamp a session, a burst of the whole limit.
 local rate_tat_ms = session.rate_tat_ms

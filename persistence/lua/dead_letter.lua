@@ -2,12 +2,12 @@
 -- Moves a record that Postgres refuses to the dead stream, with the reason. The session keeps it among its unflushed
 -- facts, so it never gets a TTL and stays in Redis. Moving the same record again changes nothing.
 --
--- KEYS 1 outbox stream, 2 dead stream, 3 session hash
+-- KEYS 1 outbox stream, 2 outbox bytes string, 3 dead stream, 4 session hash
 -- ARGV session_id, nonce, group, entry, fact, reason
 -- replies (each followed by session_id and nonce)
 --   moved  id on the dead stream
 --   gone
-local outbox_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3]
+local outbox_key, bytes_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -18,8 +18,7 @@ for _, value in ipairs({'reason', args.reason, 'entry', args.entry, 'died_at', i
   record[#record + 1] = value
 end
 local dead_entry = redis.call('XADD', dead_key, '*', unpack(record))
-redis.call('XACK', outbox_key, args.group, args.entry)
-redis.call('XDEL', outbox_key, args.entry)
+dequeue(outbox_key, bytes_key, args.group, args.entry)
 if redis.call('EXISTS', session_key) == 1 then
   local dead = redis.call('HGET', session_key, 'dead') or ''
   if dead ~= '' then dead = dead .. ' ' end

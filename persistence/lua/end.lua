@@ -1,14 +1,15 @@
 #!lua flags=allow-oom
 -- Ends a session for good. A turn that runs on it loses its lease and will not be committed. Repeating it is harmless.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 running zset, 5 ticket string
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), ticket_ms, channel
 -- replies (each followed by session_id and nonce)
 --   ended   header
 --   absent  ticket
 --   erased | foreign | unauthorized
 --   damaged field
-local session_key, outbox_key, fence_key, running_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -22,6 +23,6 @@ if session.status ~= 'ended' then
   store(session_key, session, {status = 'ended', ended_at = iso(now_ms()), waiting = ''})
   release(session_key, running_key, session)
   redis.call('PUBLISH', args.channel, '')
-  emit(session_key, outbox_key, session, 'ended:' .. session.revision + 1, '')
+  emit(session_key, outbox_key, bytes_key, session, 'ended:' .. session.revision + 1, '')
 end
 return reply('ended', header(session))

@@ -2,8 +2,8 @@
 -- Erases a session: its hash, its records still in the outbox, its dead letters. What stays until Postgres has erased it
 -- too is a hash without content and with the status `erased`, so that nobody finds the old rows in the meantime.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 live zset, 5 running zset, 6 dead stream, 7 ticket string,
---      8 ... events streams of the turns named by args.logged
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 live zset, 6 running zset, 7 dead stream,
+--      8 ticket string, 9 ... events streams of the turns named by args.logged
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), group, ticket_ms, channel,
 --      logged (the session's field of that name, as the caller knows it)
 -- replies (each followed by session_id and nonce)
@@ -11,10 +11,10 @@
 --   logs    the field `logged`, which is another one: call again with it and its keys
 --   absent  ticket
 --   foreign | unauthorized
-local session_key, outbox_key, fence_key, live_key, running_key, dead_key, ticket_key =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
+local session_key, outbox_key, bytes_key, fence_key, live_key, running_key, dead_key, ticket_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
 local events_keys = {}
-for i = 8, #KEYS do events_keys[i - 7] = KEYS[i] end
+for i = 9, #KEYS do events_keys[i - 8] = KEYS[i] end
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -31,8 +31,7 @@ if logged ~= args.logged then return reply('logs', logged) end
 for index in ipairs(events_keys) do redis.call('DEL', events_keys[index]) end
 
 for entry in string.gmatch(session.unflushed or '', '@(%S+)') do
-  redis.call('XACK', outbox_key, args.group, entry)
-  redis.call('XDEL', outbox_key, entry)
+  dequeue(outbox_key, bytes_key, args.group, entry)
 end
 for entry in string.gmatch(redis.call('HGET', session_key, 'dead') or '', '@(%S+)') do
   redis.call('XDEL', dead_key, entry)
@@ -54,7 +53,7 @@ store(session_key, tombstone, {
   hot_ttl_s = 1, turn = '', turn_fence = '', turn_lease_until = '', turn_message_id = '', waiting = '',
   rate_tat_ms = '',
 })
-emit(session_key, outbox_key, tombstone, 'erased:' .. revision + 1, '')
+emit(session_key, outbox_key, bytes_key, tombstone, 'erased:' .. revision + 1, '')
 -- Who follows a turn, or the session, learns that it is gone.
 redis.call('PUBLISH', args.channel, '')
 return reply('erased', session.id)

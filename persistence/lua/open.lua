@@ -2,15 +2,16 @@
 -- Creates a session, or hands back the one that is there. An id that a browser made up may be in Postgres, so it needs
 -- a ticket given before Postgres was asked; an id that the gateway has just minted does not.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 live zset, 5 ticket string
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 live zset, 6 ticket string
 -- ARGV session_id, nonce, id (uuid), agent_id, website_domain, authorized (1 | 0), channel, user_id, ip_address,
---      user_agent, metadata (JSON object), minted (1 | 0), hot_ttl_s, ticket ('' none), ticket_ms, max_backlog
+--      user_agent, metadata (JSON object), minted (1 | 0), hot_ttl_s, ticket ('' none), ticket_ms, max_backlog, max_backlog_bytes
 -- replies (each followed by session_id and nonce)
 --   opened | found   header
 --   absent           ticket: ask Postgres, then open again under it
 --   erased | foreign | unauthorized | backlog_full
 --   damaged          field
-local session_key, outbox_key, fence_key, live_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local session_key, outbox_key, bytes_key, fence_key, live_key, ticket_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -26,7 +27,7 @@ end
 if args.minted ~= '1' and (args.ticket == '' or redis.call('GET', ticket_key) ~= args.ticket) then
   return absent(fence_key, ticket_key, args)
 end
-if redis.call('XLEN', outbox_key) >= tonumber(args.max_backlog) then return reply('backlog_full') end
+if backlog_full(outbox_key, bytes_key, args) then return reply('backlog_full') end
 
 local now = now_ms()
 session = {}
@@ -38,7 +39,7 @@ store(session_key, session, {
   first_hot = 1, flushed = 0, unflushed = '', hot_ttl_s = args.hot_ttl_s, turn = '', turn_fence = '',
   turn_lease_until = '', turn_message_id = '', waiting = '', rate_tat_ms = '',
 })
-emit(session_key, outbox_key, session, 'opened:1', '')
+emit(session_key, outbox_key, bytes_key, session, 'opened:1', '')
 redis.call('ZADD', live_key, now, args.session_id)
 redis.call('DEL', ticket_key)
 return reply('opened', header(session))

@@ -13,6 +13,11 @@ local STATE = {
   'waiting', 'rate_tat_ms',
 }
 
+local FIELDS = {}
+for _, names in ipairs({HEADER, STATE}) do
+  for _, name in ipairs(names) do FIELDS[#FIELDS + 1] = name end
+end
+
 -- ARGV as name, value, name, value ... becomes a table.
 local function named(argv)
   local args = {}
@@ -62,12 +67,9 @@ end
 
 -- The session's fields by name, or nil when there is no such session.
 local function load(key)
-  local names = {}
-  for _, name in ipairs(HEADER) do names[#names + 1] = name end
-  for _, name in ipairs(STATE) do names[#names + 1] = name end
-  local values = redis.call('HMGET', key, unpack(names))
+  local values = redis.call('HMGET', key, unpack(FIELDS))
   local session, found = {}, false
-  for i, name in ipairs(names) do
+  for i, name in ipairs(FIELDS) do
     session[name] = values[i]
     if values[i] then found = true end
   end
@@ -87,10 +89,7 @@ local function damage(session)
   for _, name in ipairs({'message_count', 'turns', 'revision', 'first_hot', 'flushed', 'hot_ttl_s'}) do
     if not whole(session[name]) then return name end
   end
-  for _, name in ipairs(HEADER) do
-    if not session[name] then return name end
-  end
-  for _, name in ipairs(STATE) do
+  for _, name in ipairs(FIELDS) do
     if not session[name] then return name end
   end
   local uuid = '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$'
@@ -145,9 +144,47 @@ local function store(key, session, fields)
   redis.call('HSET', key, unpack(flat))
 end
 
+-- The bytes of the records on an outbox, by its counter. What is no number counts 0.
+local function outbox_bytes(bytes_key)
+  return whole(redis.call('GET', bytes_key)) or 0
+end
+
+-- Whether an outbox has no room for the records of another turn. An empty one has, whatever its counter says.
+local function backlog_full(outbox_key, bytes_key, args)
+  local records = redis.call('XLEN', outbox_key)
+  return records >= tonumber(args.max_backlog)
+    or records > 0 and outbox_bytes(bytes_key) >= tonumber(args.max_backlog_bytes)
+end
+
+-- Puts a record, a list of names and values, on an outbox and counts its bytes, which it carries as its last field: what
+-- is taken off the counter later is what was added. Returns the entry's id.
+local function enqueue(outbox_key, bytes_key, record)
+  local bytes = 0
+  for _, part in ipairs(record) do bytes = bytes + #part end
+  record[#record + 1] = 'bytes'
+  record[#record + 1] = string.format('%d', bytes)
+  redis.call('SET', bytes_key, string.format('%d', outbox_bytes(bytes_key) + bytes))
+  return redis.call('XADD', outbox_key, '*', unpack(record))
+end
+
+-- Takes an entry off an outbox and its bytes off the counter; whether it was there. A record of the version before has no
+-- bytes. When nothing is left the counter begins anew: an operator may have removed entries by hand.
+local function dequeue(outbox_key, bytes_key, group, entry)
+  local found = redis.call('XRANGE', outbox_key, entry, entry)[1]
+  redis.call('XACK', outbox_key, group, entry)
+  if redis.call('XDEL', outbox_key, entry) == 0 then return false end
+  local record, bytes = found[2], 0
+  for i = 1, #record, 2 do
+    if record[i] == 'bytes' then bytes = whole(record[i + 1]) or 0 end
+  end
+  local left = redis.call('XLEN', outbox_key) > 0 and math.max(outbox_bytes(bytes_key) - bytes, 0) or 0
+  redis.call('SET', bytes_key, string.format('%d', left))
+  return true
+end
+
 -- Puts a fact about the session on its way to Postgres. The hash, already stored, and the record change in one script:
 -- both or neither. `turn` is the turn's JSON or ''.
-local function emit(key, outbox_key, session, fact, turn)
+local function emit(key, outbox_key, bytes_key, session, fact, turn)
   local revision = session.revision + 1
   session.revision = tostring(revision)
   local record = {'fact', fact, 'turn', turn}
@@ -155,7 +192,7 @@ local function emit(key, outbox_key, session, fact, turn)
     record[#record + 1] = name
     record[#record + 1] = session[name]
   end
-  local entry = redis.call('XADD', outbox_key, '*', unpack(record))
+  local entry = enqueue(outbox_key, bytes_key, record)
   local unflushed = fact .. '@' .. entry
   if session.unflushed ~= '' then unflushed = session.unflushed .. ' ' .. unflushed end
   store(key, session, {revision = revision, unflushed = unflushed})

@@ -1,12 +1,12 @@
 #!lua
 -- Puts a dead letter back on the outbox, after its cause has been removed.
 --
--- KEYS 1 outbox stream, 2 dead stream, 3 session hash
+-- KEYS 1 outbox stream, 2 outbox bytes string, 3 dead stream, 4 session hash
 -- ARGV session_id, nonce, dead_entry
 -- replies (each followed by session_id and nonce)
 --   queued  id on the outbox
 --   gone
-local outbox_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3]
+local outbox_key, bytes_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -27,13 +27,13 @@ for i = 1, #found[1][2], 2 do
   local name, value = found[1][2][i], found[1][2][i + 1]
   if name == 'entry' then
     was = value
-  elseif name ~= 'reason' and name ~= 'died_at' then
+  elseif name ~= 'reason' and name ~= 'died_at' and name ~= 'bytes' then
     if name == 'fact' then fact = value end
     record[#record + 1] = name
     record[#record + 1] = value
   end
 end
-local entry = redis.call('XADD', outbox_key, '*', unpack(record))
+local entry = enqueue(outbox_key, bytes_key, record)
 redis.call('XDEL', dead_key, args.dead_entry)
 local lists = redis.call('HMGET', session_key, 'unflushed', 'dead')
 if lists[1] and fact and was then

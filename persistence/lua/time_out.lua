@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
 -- Marks a session as timed out if nothing happened on it for idle_ms. A visitor who comes back makes it active again.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 fence string, 4 ticket string
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 ticket string
 -- ARGV session_id, nonce, idle_ms, ticket_ms
 -- replies (each followed by session_id and nonce)
 --   timed_out | kept
 --   absent  ticket
 --   damaged field
-local session_key, outbox_key, fence_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local session_key, outbox_key, bytes_key, fence_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -19,5 +19,5 @@ local now = now_ms()
 local idle_ms = now - from_iso(session.last_activity_at)
 if session.status ~= 'active' or session.turn ~= '' or idle_ms < tonumber(args.idle_ms) then return reply('kept') end
 store(session_key, session, {status = 'timeout', ended_at = iso(now)})
-emit(session_key, outbox_key, session, 'timeout:' .. session.revision + 1, '')
+emit(session_key, outbox_key, bytes_key, session, 'timeout:' .. session.revision + 1, '')
 return reply('timed_out')

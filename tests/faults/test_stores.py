@@ -22,8 +22,9 @@ from persistence.postgres import Postgres
 from persistence.worker import Worker
 from tests.conftest import TABLES, PutAgent
 from tests.support.links import Link
+from tests.support.pods import gateway_process
 from tests.support.serving import GatewayProcess, served, wait_for
-from tests.support.stored import Rows, another, check_tables, contents, fields_of, read, say, ttl_of
+from tests.support.stored import Rows, another, check_tables, contents, fields_of, open_session, read, say, ttl_of
 
 SESSION_ID = "session_in_trouble"
 ANSWER_LIMIT_S = 2.0
@@ -172,6 +173,33 @@ async def test_without_postgres_chat_goes_on_and_everything_arrives_by_itself(
         await wait_for(lambda: settled(stores, SESSION_ID), "the session gets its TTL")
         assert (await chat(client, f"{SESSION_ID}_unknown")).status_code == 200
     assert await stores.outbox.dead_letters() == []
+
+
+async def test_two_thousand_queued_turns_arrive_by_themselves(
+    settings: Settings, stores: Stores, postgres_server: PostgresServer, rows: Rows, tmp_path: Path
+) -> None:
+    """A worker as a process, running all the time: nobody tells it that Postgres is back."""
+    sessions = [f"{SESSION_ID}_{number}" for number in range(100)]
+    async with gateway_process("worker", settings, tmp_path) as worker:
+        await asyncio.gather(*(open_session(stores, session_id) for session_id in sessions))
+        await wait_for(lambda: nothing_waits(stores), "the sessions are in Postgres")
+        await asyncio.to_thread(postgres_server.stop)
+        for number in range(20):
+            await asyncio.gather(*(say(stores, session_id, f"Question {number}") for session_id in sessions))
+        await wait_for(lambda: consumers_hold(stores), "the worker has taken some, and cannot flush them")
+        assert (await stores.outbox.backlog(0)).records == 2_000
+
+        await asyncio.to_thread(postgres_server.start)
+        await wait_for(lambda: nothing_waits(stores), "the outbox and the pending list are empty", 60)
+        assert worker.stop() == 0, worker.output()
+    assert await stored_once(rows, {session_id: questions(20) for session_id in sessions})
+    assert (await stores.outbox.backlog(0)).bytes == 0
+    assert all([await settled(stores, session_id) for session_id in sessions])
+    assert await stores.outbox.dead_letters() == []
+
+
+async def nothing_waits(stores: Stores) -> bool:
+    return (await stores.outbox.backlog(0)).records == 0 and not await consumers_hold(stores)
 
 
 async def settled(stores: Stores, session_id: str) -> bool:

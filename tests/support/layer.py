@@ -61,12 +61,21 @@ class Layer:
     """The Redis layer on one server, and the steps that tests need all the time."""
 
     def __init__(
-        self, client: Client, keys: Keys, scripts: Scripts | None = None, *, lease_ms: int = 15_000, max_backlog: int = 1000
+        self,
+        client: Client,
+        keys: Keys,
+        scripts: Scripts | None = None,
+        *,
+        lease_ms: int = 15_000,
+        max_backlog: int = 200_000,
+        max_backlog_bytes: int = 2**30,
     ) -> None:
         self.client = client
         self.keys = keys
         self.scripts = scripts or Scripts(client)
-        self.sessions = SessionStore(self.scripts, keys, lease_ms=lease_ms, max_backlog=max_backlog)
+        self.sessions = SessionStore(
+            self.scripts, keys, lease_ms=lease_ms, max_backlog=max_backlog, max_backlog_bytes=max_backlog_bytes
+        )
         self.outbox = Outbox(client, self.scripts, keys, "tester")
 
     async def open(self, session_id: str = "", **changed: Any) -> Session:
@@ -164,16 +173,16 @@ class Layer:
 
 
 @asynccontextmanager
-async def redis_layer(url: str, *, checked: bool = True, **settings: Any) -> AsyncIterator[Layer]:
-    """The layer on an emptied single Redis; at the end the one rule is checked, unless the test broke it on purpose."""
+async def redis_layer(url: str, *, checked: bool = True, partitions: int = 1, **settings: Any) -> AsyncIterator[Layer]:
+    """The layer on an emptied single Redis; at the end the rules are checked, unless the test broke one on purpose."""
     client = connect(url)
     await client.flushall()
-    layer = Layer(client, Keys("gw", 1), **settings)
+    layer = Layer(client, Keys("gw", partitions), **settings)
     await check_server(client, layer.keys)
     await layer.outbox.create_groups()
     try:
         yield layer
         wrong = await breaches(client, layer.keys) if checked else []
-        assert not wrong, "the one rule of the hot store: " + "; ".join(wrong)
+        assert not wrong, "; ".join(wrong)
     finally:
         await client.aclose()

@@ -1,0 +1,132 @@
+"""How fast what waited for Postgres arrives there once it is back: `scripts/bench drain`."""
+
+import argparse
+import asyncio
+from time import perf_counter
+
+import asyncpg
+from bench_servers import Servers, gateway, own_servers
+from uuid_utils.compat import uuid7
+
+from gateway.app import Stores
+from gateway.settings import load_settings
+from persistence.connection import gather_bounded
+from persistence.keys import GROUP
+from persistence.records import Message, Turn, iso
+from persistence.sessions import Access, Begun, NewSession, TurnPolicy
+
+AGENT_ID = "01900000-0000-7000-8000-00000000be9c"
+VISITOR = Access(AGENT_ID, authorized=True)
+POLICY = TurnPolicy(hot_turns=25, hot_ttl_s=1800)
+TURNS_A_SESSION = 50
+AT_ONCE = 64
+
+
+async def measure_drain(options: argparse.Namespace) -> None:
+    """Queues turns while Postgres is down, starts it, and prints how long a running worker takes to bring them there."""
+    sessions = max(1, options.turns // TURNS_A_SESSION)
+    rounds = options.turns // sessions
+    turns = sessions * rounds
+    room = {"GATEWAY_MAX_BACKLOG": str(2 * turns + sessions), "GATEWAY_MAX_BACKLOG_BYTES": str(2**50)}
+    with own_servers(**room) as servers:
+        servers.postgres.stop()
+        stores = Stores(load_settings(servers.environment))
+        await stores.check()
+        with gateway("worker", servers):
+            began = perf_counter()
+            await _queue(stores, sessions, rounds)
+            print(f"{turns:,} turns of {sessions:,} sessions queued in {perf_counter() - began:.1f} s, Postgres down")
+            await _print_fullest(stores)
+            await asyncio.to_thread(servers.postgres.start)
+            began = perf_counter()
+            while await _waiting(stores):  # noqa: ASYNC110  # another process works
+                await asyncio.sleep(0.05)
+            seconds = perf_counter() - began
+        await stores.close()
+        print("from Postgres accepting connections until outbox and pending list are empty, one worker:")
+        print(f"  {seconds:.1f} s, {turns / seconds:,.0f} turns/s")
+        await _check(servers, sessions, rounds)
+        print(f"  {2 * turns:,} messages are in Postgres, each once, in order, with its words")
+
+
+def _session_id(number: int) -> str:
+    return f"session_bench_{number:09d}"
+
+
+def _words(number: int, turn: int) -> tuple[str, str]:
+    """What is asked and answered in a turn: some 100 and 400 characters, no two alike."""
+    name = f"session {number}, turn {turn}"
+    return f"Question of {name}. " + "Where is my order? " * 4, f"Answer of {name}. " + "It is on its way to you. " * 15
+
+
+async def _queue(stores: Stores, sessions: int, rounds: int) -> None:
+    """One turn of every session, then the next one of every session: as visitors who chat at the same time."""
+    await gather_bounded((_open(stores, number) for number in range(sessions)), AT_ONCE)
+    for turn in range(1, rounds + 1):
+        await gather_bounded((_say(stores, number, turn) for number in range(sessions)), AT_ONCE)
+
+
+async def _open(stores: Stores, number: int) -> None:
+    await stores.sessions.open(
+        NewSession(
+            id=str(uuid7()),
+            session_id=_session_id(number),
+            agent_id=AGENT_ID,
+            channel="text",
+            website_domain="shop.example",
+            user_id="",
+            ip_address="192.0.2.1",
+            user_agent="Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
+            metadata={"page": "/cart"},
+            minted=True,
+            hot_ttl_s=POLICY.hot_ttl_s,
+        )
+    )
+
+
+async def _say(stores: Stores, number: int, turn: int) -> None:
+    session_id, turn_id = _session_id(number), str(uuid7())
+    begun = await stores.sessions.begin(session_id, turn_id, VISITOR, POLICY)
+    assert isinstance(begun, Begun), begun
+    at = iso(begun.now_ms)
+    question, answer = _words(number, turn)
+    messages = [Message(str(uuid7()), "user", question, at), Message(str(uuid7()), "assistant", answer, at)]
+    committed = await stores.sessions.commit(
+        session_id, turn_id, begun.fence, turn, Turn(turn_id, None, 2 * turn - 1, messages), POLICY
+    )
+    assert committed, f"turn {turn} of {session_id} was lost"
+
+
+async def _print_fullest(stores: Stores) -> None:
+    outbox = stores.keys.outbox(0)
+    backlog = await stores.outbox.backlog(0)
+    memory = await stores.client.execute_command("MEMORY", "USAGE", outbox, "SAMPLES", 0)
+    used = (await stores.client.info("memory"))["used_memory"]
+    print(
+        f"  outbox: {backlog.records:,} records, {backlog.bytes / 2**20:,.0f} MiB counted, "
+        f"{memory / 2**20:,.0f} MiB of memory; Redis in all {used / 2**20:,.0f} MiB"
+    )
+
+
+async def _waiting(stores: Stores) -> int:
+    outbox = stores.keys.outbox(0)
+    return int(await stores.client.xlen(outbox)) + int((await stores.client.xpending(outbox, GROUP))["pending"])
+
+
+async def _check(servers: Servers, sessions: int, rounds: int) -> None:
+    """Raises AssertionError unless Postgres has exactly what was said."""
+    connection = await asyncpg.connect(servers.postgres.url)
+    rows = await connection.fetch(
+        "SELECT s.session_id, m.seq, m.content FROM agent_messages m JOIN agent_sessions s ON s.id = m.session_id"
+    )
+    counts = await connection.fetch("SELECT message_count FROM agent_sessions")
+    await connection.close()
+    expected = {
+        (_session_id(number), 2 * turn - 1 + index): words
+        for number in range(sessions)
+        for turn in range(1, rounds + 1)
+        for index, words in enumerate(_words(number, turn))
+    }
+    assert len(rows) == len(expected), f"{len(rows)} messages instead of {len(expected)}"
+    assert {(row["session_id"], row["seq"]): row["content"] for row in rows} == expected, "other messages than were said"
+    assert [row["message_count"] for row in counts] == [2 * rounds] * sessions, "sessions count otherwise"
