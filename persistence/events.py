@@ -49,7 +49,8 @@ class EventLogs:
 
     async def append(self, session_id: str, turn_id: str, fence: int, part: Part) -> int | None:
         """Appends events; the number of the last event stored, which is lower when Redis lost some; None: turn is lost."""
-        keys = [self._keys.session(session_id), self._keys.events(session_id, turn_id)]
+        head = self._keys.head(session_id)
+        keys = [self._keys.session(session_id), f"{head}logs", self._keys.events(session_id, turn_id)]
         arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
         match await self._scripts.run("append", session_id, keys, arguments):
             case ["appended"]:
@@ -62,7 +63,7 @@ class EventLogs:
     async def cancel(self, session_id: str, turn_id: str, access: Access) -> bool | Refused:
         """Cancels a running turn; False when it does not run any more."""
         head = self._keys.head(session_id)
-        keys = [self._keys.session(session_id), f"{head}running", self._keys.events(session_id, turn_id)]
+        keys = [self._keys.session(session_id), f"{head}running", f"{head}logs", self._keys.events(session_id, turn_id)]
         arguments = {
             "turn_id": turn_id,
             **access_arguments(access),

@@ -48,7 +48,8 @@ class Housekeeping:
         self._postgres = postgres
         self._agents = agents
         self._session_timeout_s = session_timeout_s
-        self._cursors = [0] * keys.partitions
+        self._live_cursors = [0] * keys.partitions
+        self._log_cursors = [0] * keys.partitions
         self._trimming = 0
         self._timeouts_at = 0.0
         self._idle_after: tuple[datetime, str] | None = None
@@ -81,21 +82,33 @@ class Housekeeping:
         return [member.decode() for member in await self._execute("ZRANGEBYSCORE", key, "-inf", now_ms + 1000)]
 
     async def trim(self) -> int:
-        """Looks at a part of some lists of live sessions and takes off what has left Redis; how many."""
+        """Looks at a part of some lists and takes off sessions that have left Redis, and logs that have; how many."""
         trimmed = 0
         for _ in range(min(TRIM_PARTITIONS, self._keys.partitions)):
             partition = self._trimming
             self._trimming = (partition + 1) % self._keys.partitions
-            key = self._keys.live(partition)
-            self._cursors[partition], found = await self._execute(
-                "ZSCAN", key, self._cursors[partition], "COUNT", TRIM_BATCH
-            )
-            session_ids = [member.decode() for member, _ in found]
-            if session_ids:
-                session_keys = [self._keys.session(session_id) for session_id in session_ids]
-                arguments = {"session_ids": " ".join(session_ids)}
-                trimmed += int((await self._scripts.run("trim", "", [key, *session_keys], arguments))[1])
+            trimmed += await self._trim_live(partition) + await self._trim_logs(partition)
         return trimmed
+
+    async def _trim_live(self, partition: int) -> int:
+        key = self._keys.live(partition)
+        self._live_cursors[partition], found = await self._execute(
+            "ZSCAN", key, self._live_cursors[partition], "COUNT", TRIM_BATCH
+        )
+        session_ids = [member.decode() for member, _ in found]
+        return await self._trim_off("trim", [key, *map(self._keys.session, session_ids)], session_ids)
+
+    async def _trim_logs(self, partition: int) -> int:
+        key = self._keys.logs(partition)
+        self._log_cursors[partition], found = await self._execute(
+            "HSCAN", key, self._log_cursors[partition], "COUNT", TRIM_BATCH
+        )
+        return await self._trim_off("trim_logs", [key], [session_id.decode() for session_id in found])
+
+    async def _trim_off(self, script: str, keys: list[str], session_ids: list[str]) -> int:
+        if not session_ids:
+            return 0
+        return int((await self._scripts.run(script, "", keys, {"session_ids": " ".join(session_ids)}))[1])
 
     async def time_out(self) -> int:
         """Marks idle sessions as timed out, one worker at a time; how many were looked at.

@@ -12,6 +12,8 @@ gw:{p}:fence                       string  permanent                 lua/begin (
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim
 gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn
 gw:{p}:events:<turn_id>            stream  5 min after its last      lua/append, commit, abort, cancel
+gw:{p}:logs                        hash    permanent, trimmed        lua/append, commit, abort, cancel; lua/trim_logs:
+                                                                     a field a session, which of its turns have a log
 gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
                                                                      guards lua/hydrate and lua/open
 gw:limit:<bucket>                  string  until it is empty         lua/limit
@@ -72,6 +74,9 @@ class Keys:
     def running(self, partition: int) -> str:
         return f"{self._heads[partition]}running"
 
+    def logs(self, partition: int) -> str:
+        return f"{self._heads[partition]}logs"
+
     def events(self, session_id: str, turn_id: str) -> str:
         """The log of a turn."""
         return f"{self.head(session_id)}events:{turn_id}"
@@ -90,5 +95,5 @@ class Keys:
 
     def permanent(self) -> set[str]:
         """The keys that live without a TTL, agents' apart."""
-        names = ("outbox", "outbox_bytes", "dead", "fence", "live", "running")
+        names = ("outbox", "outbox_bytes", "dead", "fence", "live", "running", "logs")
         return {self.meta} | {head + name for head in self._heads for name in names}

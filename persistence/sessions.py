@@ -257,7 +257,10 @@ class SessionStore:
         reply = await self._scripts.run(
             "commit",
             session_id,
-            [*self._key(session_id, "outbox", "outbox_bytes", "live", "running"), self._keys.events(session_id, turn_id)],
+            [
+                *self._key(session_id, "outbox", "outbox_bytes", "live", "running", "logs"),
+                self._keys.events(session_id, turn_id),
+            ],
             {
                 "turn_id": turn_id,
                 "fence": fence,
@@ -275,7 +278,7 @@ class SessionStore:
 
     async def abort(self, session_id: str, turn_id: str, fence: int = 0, part: Part | None = None) -> bool:
         """Gives up a running or waiting turn; whether it was still there. `part` is what its log still lacks."""
-        keys = [*self._key(session_id, "running"), self._keys.events(session_id, turn_id)]
+        keys = [*self._key(session_id, "running", "logs"), self._keys.events(session_id, turn_id)]
         arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
         return bool((await self._scripts.run("abort", session_id, keys, arguments))[0] == "aborted")
 
@@ -381,10 +384,10 @@ class SessionStore:
 
     async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
         """Erases the session; returns its UUID."""
-        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket")
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket", "logs")
         logged = ""
         while True:
-            # Which logs there are only the session knows, and a script is told its keys beforehand.
+            # Which logs there are only Redis knows, and a script is told its keys beforehand.
             arguments = {
                 **access_arguments(access),
                 "group": GROUP,

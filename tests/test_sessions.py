@@ -931,6 +931,12 @@ async def _twice_trim(layer: Layer) -> Repeated:
     return lambda: layer.scripts.run("trim", "", keys, {"session_ids": session_id})
 
 
+async def _twice_trim_logs(layer: Layer) -> Repeated:
+    session_id = new_id()
+    await layer.client.hset(layer.keys.logs(0), session_id, f"{new_id()}@{await layer.redis_ms() - 1}")
+    return lambda: layer.scripts.run("trim_logs", "", [layer.keys.logs(0)], {"session_ids": session_id})
+
+
 async def _twice_renew(layer: Layer) -> Repeated:
     session_id = (await layer.open()).session_id
     begun, turn_id = await layer.begin(session_id)
@@ -1073,7 +1079,7 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
     await AgentCopies(layer.client, layer.keys).put(AGENT)
     await recording.sessions.read(new_id(), ACCESS)
     table = key_table()
-    assert len(table) == 13
+    assert len(table) == 14
     seen: set[str] = set()
     for key in await all_keys(layer.client, layer.keys):
         rows = [row for row in table if fnmatchcase(key, row[0])]

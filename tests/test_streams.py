@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack
 from hashlib import sha1
 from typing import Any
@@ -14,10 +14,12 @@ import structlog
 from gateway import streams
 from gateway.app import Stores
 from gateway.settings import Settings
+from persistence import logs
 from persistence.connection import connect
 from persistence.events import WakeUps
 from persistence.scripts import Scripts
 from persistence.sessions import Access, Begun, TurnPolicy
+from persistence.worker import Worker
 from tests.conftest import PutAgent
 from tests.support.rule import all_keys
 from tests.support.serving import wait_for
@@ -789,8 +791,6 @@ async def test_a_cancelled_turn_stops_and_nothing_of_it_stays(
                 check_whole(reader.events)
     await wait_for(lambda: spoken.cancelled == ["Again"], "the graph is stopped")
     after = await session_fields(second.stores, session_id)
-    # That it has a log is noted, so that erasing the session finds it.
-    assert turn_id in after.pop(b"logged").decode() and turn_id not in before.pop(b"logged").decode()
     assert after == before
     assert await second.transcript(session_id) == ["Hello", "Hi"]
     problem(await second.cancel(session_id), 409, "no_turn_running")
@@ -1164,6 +1164,35 @@ async def test_an_erased_session_ends_its_streams_and_leaves_no_log(
             problem(await pod.client.get(path), 404, "session_not_found")
     left = [key for key in await all_keys(stores.client, stores.keys) if ":events:" in key]
     assert left == [], "what an erased session has streamed is still in Redis"
+
+
+async def test_the_logs_of_a_session_that_left_redis_and_came_back_are_erased_too(
+    pods: Pods, spoken: Spoken, session_id: str, stores: Stores, flush: Callable[[], Awaitable[None]]
+) -> None:
+    await spoken_turn(pods[0], spoken, session_id, "Hello", "a secret")
+    await flush()
+    assert await stores.client.delete(stores.keys.session(session_id)) == 1
+    await spoken_turn(pods[1], spoken, session_id, "Again", "another secret")
+    assert (await pods[1].client.delete(f"/api/sessions/{session_id}")).status_code == 204
+    assert [key for key in await all_keys(stores.client, stores.keys) if ":events:" in key] == []
+    assert await stores.client.hlen(stores.keys.logs(0)) == 0
+
+
+async def test_the_note_of_a_log_is_trimmed_when_the_log_has_expired(
+    pods: Pods, spoken: Spoken, session_id: str, stores: Stores, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await spoken_turn(pods[0], spoken, session_id, "Hello", "Hi")
+    await worker._housekeeping.trim()
+    assert await stores.client.hexists(stores.keys.logs(0), session_id)
+    monkeypatch.setattr(logs, "LOG_TTL_MS", 1)
+    await spoken_turn(pods[0], spoken, session_id, "Again", "Hi")
+    # The log of the first turn is still there.
+    await worker._housekeeping.trim()
+    noted = await stores.client.hget(stores.keys.logs(0), session_id)
+    assert noted is not None and len(noted.split()) == 2
+    await stores.client.hset(stores.keys.logs(0), session_id, noted.split()[-1])
+    await worker._housekeeping.trim()
+    assert await stores.client.hlen(stores.keys.logs(0)) == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- wake-ups

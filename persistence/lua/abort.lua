@@ -1,10 +1,10 @@
 #!lua flags=allow-oom
 -- Gives up a turn, running or still waiting: the session is as it was before. Harmless when the turn is not there.
 --
--- KEYS 1 session hash, 2 running zset, 3 events stream of the turn
+-- KEYS 1 session hash, 2 running zset, 3 logs hash, 4 events stream of the turn
 -- ARGV session_id, nonce, turn_id, channel, events (what the turn's log still lacks, its end included; '' nothing)
 -- replies (each followed by session_id and nonce): aborted | lost
-local session_key, running_key, events_key = KEYS[1], KEYS[2], KEYS[3]
+local session_key, running_key, logs_key, events_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local args = named(ARGV)
 local function reply(word) return {word, args.session_id, args.nonce} end
 
@@ -20,7 +20,7 @@ for waiter in string.gmatch(session.waiting, '%S+') do
 end
 if found then store(session_key, session, {waiting = table.concat(waiting, ' ')}) end
 if session.turn ~= args.turn_id then return reply(found and 'aborted' or 'lost') end
-finish_log(session_key, events_key, args)
+finish_log(logs_key, events_key, args)
 release(session_key, running_key, session)
 settle(session_key, session, now_ms())
 return reply('aborted')

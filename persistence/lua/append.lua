@@ -2,7 +2,7 @@
 -- Appends events to the log of a running turn. Only the holder of the fence may. Appending the same events again adds
 -- nothing, and what a Redis that lost its last writes lacks is asked for again.
 --
--- KEYS 1 session hash, 2 events stream
+-- KEYS 1 session hash, 2 logs hash, 3 events stream
 -- ARGV session_id, nonce, turn_id, fence, after (number of the last event that is thought to be stored),
 --      events (JSON array), first and last (numbers of the first and the last of them), keep_from (number of the oldest
 --      event that may stay), log_ttl_ms, channel
@@ -10,7 +10,7 @@
 --   appended
 --   gap       number of the last event stored: append from there
 --   lost      the turn does not hold the session any more
-local session_key, events_key = KEYS[1], KEYS[2]
+local session_key, logs_key, events_key = KEYS[1], KEYS[2], KEYS[3]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -19,5 +19,5 @@ if held[1] ~= args.turn_id or held[2] ~= args.fence then return reply('lost') en
 local tail = log_tail(events_key)
 if tail >= tonumber(args.last) then return reply('appended') end
 if tail ~= tonumber(args.after) then return reply('gap', tail) end
-append_log(session_key, events_key, args)
+append_log(logs_key, events_key, args)
 return reply('appended')

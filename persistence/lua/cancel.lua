@@ -2,7 +2,7 @@
 -- Cancels the running turn, on whichever pod it runs: the session is as it was before, the turn's log ends, and the pod
 -- that runs it is told.
 --
--- KEYS 1 session hash, 2 running zset, 3 events stream of the turn
+-- KEYS 1 session hash, 2 running zset, 3 logs hash, 4 events stream of the turn
 -- ARGV session_id, nonce, turn_id, agent_id ('' any), website_domain ('' any), authorized (1 | 0), log_ttl_ms, channel,
 --      control
 -- replies (each followed by session_id and nonce)
@@ -10,7 +10,7 @@
 --   lost       that turn does not run any more
 --   erased | foreign | unauthorized
 --   damaged    field
-local session_key, running_key, events_key = KEYS[1], KEYS[2], KEYS[3]
+local session_key, running_key, logs_key, events_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -21,7 +21,7 @@ if broken then return reply('damaged', broken) end
 local refused = refusal(session, args)
 if refused then return reply(refused) end
 if session.turn ~= args.turn_id then return reply('lost') end
-end_log(session_key, events_key, session.turn_fence, '["turn.cancelled",{}]', args)
+end_log(logs_key, events_key, session.turn_fence, '["turn.cancelled",{}]', args)
 release(session_key, running_key, session)
 settle(session_key, session, now_ms())
 redis.call('PUBLISH', args.control, args.turn_id)

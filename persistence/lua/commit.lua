@@ -2,7 +2,8 @@
 -- Commits a turn: the session and its outbox record change together. Only the holder of the fence may.
 -- Committing the same turn again adds nothing. Allowed when Redis is full: begin is where the door is.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 live zset, 5 running zset, 6 events stream of the turn
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 live zset, 5 running zset, 6 logs hash,
+--      7 events stream of the turn
 -- ARGV session_id, nonce, turn_id, fence, number (of the turn), turn (JSON), messages (how many it has),
 --      context (JSON object, '' unchanged), hot_turns (how many turns may stay hot once flushed), channel,
 --      events (what the turn's log still lacks, its end included, as in append; '' for a turn that does not stream)
@@ -10,8 +11,8 @@
 --   committed  message_count, last_activity_at
 --   lost       the session is gone, ended, or another turn has taken it: nothing was changed
 --   damaged    field
-local session_key, outbox_key, bytes_key, live_key, running_key, events_key =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local session_key, outbox_key, bytes_key, live_key, running_key, logs_key, events_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -42,7 +43,7 @@ store(session_key, session, fields)
 emit(session_key, outbox_key, bytes_key, session, 't:' .. number, args.turn)
 release(session_key, running_key, session)
 redis.call('ZADD', live_key, now, args.session_id)
-finish_log(session_key, events_key, args)
+finish_log(logs_key, events_key, args)
 
 -- The hot window is bounded, but a turn leaves it only when Postgres has it. The one before this stays in any case: its
 -- own commit may be repeated.

@@ -3,18 +3,18 @@
 -- too is a hash without content and with the status `erased`, so that nobody finds the old rows in the meantime.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 live zset, 6 running zset, 7 dead stream,
---      8 ticket string, 9 ... events streams of the turns named by args.logged
+--      8 ticket string, 9 logs hash, 10 ... events streams of the turns named by args.logged
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), group, ticket_ms, channel,
---      logged (the session's field of that name, as the caller knows it)
+--      logged (ids of the turns that have a log, separated by a space, as far as the caller knows)
 -- replies (each followed by session_id and nonce)
 --   erased  id (uuid), also when it was erased before
---   logs    the field `logged`, which is another one: call again with it and its keys
+--   logs    what `logged` should be: call again with it and its keys
 --   absent  ticket
 --   foreign | unauthorized
-local session_key, outbox_key, bytes_key, fence_key, live_key, running_key, dead_key, ticket_key =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8]
+local session_key, outbox_key, bytes_key, fence_key, live_key, running_key, dead_key, ticket_key, logs_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local events_keys = {}
-for i = 9, #KEYS do events_keys[i - 8] = KEYS[i] end
+for i = 10, #KEYS do events_keys[i - 9] = KEYS[i] end
 local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
@@ -26,7 +26,9 @@ if refused then return reply(refused) end
 -- A damaged session can be erased as long as its id can be read.
 if not session.id or session.id == '' then return reply('damaged', 'id') end
 
-local logged = redis.call('HGET', session_key, 'logged') or ''
+local turn_ids = {}
+for index, one in ipairs(live_logs(logs_key, args.session_id, now_ms())) do turn_ids[index] = one[1] end
+local logged = table.concat(turn_ids, ' ')
 if logged ~= args.logged then return reply('logs', logged) end
 for index in ipairs(events_keys) do redis.call('DEL', events_keys[index]) end
 
@@ -43,6 +45,7 @@ local website_domain = string.match(session.website_domain or '', '^[%w%.%-:_]*$
 local minted = session.minted == '1' and '1' or '0'
 redis.call('DEL', session_key, ticket_key)
 redis.call('ZREM', live_key, args.session_id)
+redis.call('HDEL', logs_key, args.session_id)
 redis.call('ZREM', running_key, args.session_id)
 local now, tombstone = iso(now_ms()), {}
 store(session_key, tombstone, {

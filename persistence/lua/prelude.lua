@@ -243,43 +243,52 @@ local function log_tail(events_key)
   return tail[1] and tonumber(string.match(tail[1][1], '%-(%d+)$')) or 0
 end
 
--- Notes in the session that a turn of it has a log, so that erasing it finds them all: the newest LOGGED of them.
-local LOGGED = 50
-local function note_log(session_key, turn_id)
-  local logged = redis.call('HGET', session_key, 'logged') or ''
-  if string.find(logged, turn_id, 1, true) then return end
-  local ids = {}
-  for id in string.gmatch(logged .. ' ' .. turn_id, '%S+') do ids[#ids + 1] = id end
-  redis.call('HSET', session_key, 'logged', table.concat(ids, ' ', math.max(1, #ids - LOGGED + 1)))
+-- The logs of a session that have not expired, as turn_id@until_ms; kept apart from the session, which may leave Redis and
+-- come back while they are there.
+local function live_logs(logs_key, session_id, now)
+  local logs = {}
+  for turn_id, until_ms in string.gmatch(redis.call('HGET', logs_key, session_id) or '', '([^@ ]+)@(%d+)') do
+    if tonumber(until_ms) > now then logs[#logs + 1] = {turn_id, until_ms} end
+  end
+  return logs
+end
+
+-- Notes that a turn has a log, whose life begins anew, so that erasing the session finds it.
+local function note_log(logs_key, events_key, args)
+  local now = now_ms()
+  local noted = args.turn_id .. '@' .. string.format('%d', now + args.log_ttl_ms)
+  for _, one in ipairs(live_logs(logs_key, args.session_id, now)) do
+    if one[1] ~= args.turn_id then noted = one[1] .. '@' .. one[2] .. ' ' .. noted end
+  end
+  redis.call('HSET', logs_key, args.session_id, noted)
+  redis.call('PEXPIRE', events_key, args.log_ttl_ms)
 end
 
 -- Appends what args.events says, and wakes those who follow the session.
-local function append_log(session_key, events_key, args)
-  note_log(session_key, args.turn_id)
+local function append_log(logs_key, events_key, args)
   redis.call('XADD', events_key, args.fence .. '-' .. args.last,
     'session', args.session_id, 'first', args.first, 'events', args.events)
   if tonumber(args.keep_from) > 1 then
     redis.call('XTRIM', events_key, 'MINID', args.fence .. '-' .. args.keep_from)
   end
-  redis.call('PEXPIRE', events_key, args.log_ttl_ms)
+  note_log(logs_key, events_key, args)
   redis.call('PUBLISH', args.channel, args.turn_id)
 end
 
 -- Ends a log together with its turn: appends what it lacks, if it is one that streams, and wakes those who follow.
-local function finish_log(session_key, events_key, args)
+local function finish_log(logs_key, events_key, args)
   if args.events == '' then
     redis.call('PUBLISH', args.channel, args.turn_id)
   elseif log_tail(events_key) < tonumber(args.last) then
-    append_log(session_key, events_key, args)
+    append_log(logs_key, events_key, args)
   end
 end
 
 -- Ends a log from outside with one more event. A turn that has not stored any, or streams nothing, gets a log of this one.
-local function end_log(session_key, events_key, fence, event, args)
-  note_log(session_key, args.turn_id)
+local function end_log(logs_key, events_key, fence, event, args)
   local last = string.format('%d', log_tail(events_key) + 1)
   redis.call('XADD', events_key, fence .. '-' .. last,
     'session', args.session_id, 'first', last, 'events', '[' .. event .. ']')
-  redis.call('PEXPIRE', events_key, args.log_ttl_ms)
+  note_log(logs_key, events_key, args)
   redis.call('PUBLISH', args.channel, args.turn_id)
 end

@@ -18,6 +18,9 @@ from tests.chaos.unavailability import Seen, limits_broken, seen
 from tests.chaos.verdict import Verdict, check
 from tests.chaos.visitors import Visitors
 
+QUIET_S = 2.0
+"""How long visitors talk before the first fault: one that finds nobody there harms nobody."""
+
 
 @dataclass
 class Outcome:
@@ -54,6 +57,7 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     visitors.start()
     chance = Random(f"faults of seed {options.seed}")
     schedule = _schedule(options, chance)
+    await asyncio.sleep(QUIET_S)
     while (left_s := options.seconds - (monotonic() - began_at)) > 3:
         # A fault that would outlast the run is passed over; when that is so for all, the run is over.
         names = next((names for names in islice(schedule, 2 * len(FAULTS)) if lasts_s(names, options) < left_s), None)
