@@ -38,7 +38,7 @@ from gateway.streams import Streams
 from gateway.turns import Turns
 from persistence.agents import AgentCopies
 from persistence.connection import Client, call, check_server, connect
-from persistence.errors import PersistenceError, PostgresUnavailable
+from persistence.errors import PersistenceError, PostgresUnavailable, RedisUnavailable
 from persistence.events import EventLogs, WakeUps
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
@@ -80,14 +80,13 @@ class Stores:
     async def check(self) -> None:
         """Refuses a Redis on which the promises would not hold. Raises PersistenceError."""
         await check_server(self.client, self.keys)
-        await self.outbox.create_groups()
 
     async def copy_agents(self) -> None:
-        """Brings the copies of all agents up to date, if Postgres is there to ask."""
+        """Brings the copies of all agents up to date, if Postgres is there to ask and Redis has room for them."""
         try:
             for agent in await self.agents.list():
                 await self.agent_copies.put(agent)
-        except PostgresUnavailable as error:
+        except (PostgresUnavailable, RedisUnavailable) as error:
             log.warning("agents.not_copied", error=str(error))
 
     async def close(self) -> None:

@@ -228,8 +228,11 @@ def _check_version(info: dict[str, Any]) -> None:
 
 async def _check_meta(client: Client, keys: Keys) -> None:
     for field, ours in (("partitions", keys.partitions), ("format", FORMAT)):
-        await call(partial(client.execute_command, "HSETNX", keys.meta, field, ours))
         stored = await call(partial(client.execute_command, "HGET", keys.meta, field))
+        if stored is None:
+            # Only now: a process starts also while Redis is full and takes no writes.
+            await call(partial(client.execute_command, "HSETNX", keys.meta, field, ours))
+            stored = await call(partial(client.execute_command, "HGET", keys.meta, field))
         if stored != str(ours).encode():
             raise UnsuitableRedis(
                 f"{keys.meta} says {field} = {stored.decode(errors='replace')}, this process is set to {ours}"

@@ -8,7 +8,6 @@ from itertools import chain
 from typing import Any
 
 import msgspec
-from redis.exceptions import ResponseError
 
 from persistence.connection import Client, call, gather_bounded
 from persistence.keys import GROUP, Keys
@@ -54,20 +53,6 @@ class Outbox:
         self._keys = keys
         self._consumer = consumer
         self.partitions = range(keys.partitions)
-
-    async def create_groups(self) -> None:
-        """Makes the consumer group of every partition; harmless when it is there."""
-        await gather_bounded(self._create_group(partition) for partition in self.partitions)
-
-    async def _create_group(self, partition: int) -> None:
-        async def create() -> None:
-            try:
-                await self._client.execute_command("XGROUP", "CREATE", self._keys.outbox(partition), GROUP, "0", "MKSTREAM")
-            except ResponseError as error:
-                if "BUSYGROUP" not in str(error):
-                    raise
-
-        await call(create, 5)
 
     async def take(self, partition: int, count: int, *, claim: bool = False) -> Taken:
         """Up to `count` records: this consumer's own pending ones; if none, new ones, with dead workers' if `claim`."""

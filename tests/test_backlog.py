@@ -56,7 +56,6 @@ async def test_a_record_of_the_version_before_has_no_bytes_and_takes_none_off(la
     entries: Any = await layer.client.xrange(layer.keys.outbox(0))
     [(entry, record)] = entries
     await layer.client.execute_command("DEL", layer.keys.outbox(0), layer.keys.outbox_bytes(0))
-    await layer.outbox.create_groups()
     del record[b"bytes"]
     await layer.client.xadd(layer.keys.outbox(0), record, id=entry)
     await layer.chat(session_id)
@@ -143,7 +142,6 @@ async def test_an_outbox_that_an_operator_deleted_refuses_nobody(redis_server: R
         await layer.open()
         assert await layer.sessions.open(new_session(new_id(), minted=True)) == Refused("backlog_full")
         await layer.client.execute_command("DEL", layer.keys.outbox(0))
-        await layer.outbox.create_groups()
         await layer.open()
         await layer.flush()
         assert await counted(layer) == 0

@@ -100,9 +100,7 @@ class Machine(RuleBasedStateMachine):
     async def start(self) -> Layer:
         client = self.connect()
         await client.flushall()
-        layer = Layer(client, Keys("gw", 1), self.scripts(client))
-        await layer.outbox.create_groups()
-        return layer
+        return Layer(client, Keys("gw", 1), self.scripts(client))
 
     def connect(self) -> Client:
         return connect(self.url)

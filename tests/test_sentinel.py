@@ -28,7 +28,6 @@ async def layer(sentinel: servers.RedisSentinel) -> AsyncIterator[Layer]:
     await client.flushall()
     layer = Layer(client, Keys("gw", 1))
     await check_server(client, layer.keys)
-    await layer.outbox.create_groups()
     yield layer
     await client.aclose()
 

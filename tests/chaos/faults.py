@@ -55,10 +55,9 @@ async def pod_killed(harm: Harm) -> None:
     index = harm.chance.randrange(len(harm.site.pods))
     pod = harm.site.pods[index]
     harm.window.victims |= harm.on_pod(index)
-    pod.kill()
-    harm.site.up[index] = False
+    harm.site.kill(pod)
     await harm.wait(0, 2)
-    await pod.start()
+    await harm.site.revive(pod)
 
 
 async def pod_stalled(harm: Harm) -> None:
@@ -77,22 +76,19 @@ async def pod_stalled(harm: Harm) -> None:
 
 async def pod_restarted(harm: Harm) -> None:
     """SIGTERM of a pod: it drains and ends; it is started again."""
-    index = harm.chance.randrange(len(harm.site.pods))
-    pod = harm.site.pods[index]
-    pod.signal(signal.SIGTERM)
-    harm.site.up[index] = False
-    status = await asyncio.to_thread(pod.process.wait, 60)
+    pod = harm.chance.choice(harm.site.pods)
+    status = await harm.site.stop(pod)
     if status != 0:
         harm.ledger.unexpected.append(f"a pod that was told to stop ended with {status}")
-    await pod.start()
+    await harm.site.revive(pod)
 
 
 async def worker_killed(harm: Harm) -> None:
     """SIGKILL of a worker; it is started again under its name."""
     worker = harm.chance.choice(harm.site.workers)
-    worker.kill()
+    harm.site.kill(worker)
     await harm.wait(0, 2)
-    await worker.start()
+    await harm.site.revive(worker)
 
 
 async def worker_stalled(harm: Harm) -> None:

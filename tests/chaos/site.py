@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -43,6 +44,7 @@ class Site:
         self.pods: list[GatewayProcess] = []
         self.workers: list[GatewayProcess] = []
         self.up: list[bool] = []
+        self._wanted: set[GatewayProcess] = set()
         self._chance = chance
         self._source = options.source or ROOT
         self._stack = AsyncExitStack()
@@ -74,12 +76,12 @@ class Site:
         for index in range(self.options.workers):
             self.workers.append(await self._process("worker", f"worker-{index + 1}"))
         self.up = [False] * len(self.pods)
-        await asyncio.gather(*(pod.start() for pod in self.pods), *(worker.start() for worker in self.workers))
+        self._wanted = {*self.pods, *self.workers}
+        for task in (asyncio.create_task(self._watch()), asyncio.create_task(self._supervise())):
+            self._stack.callback(task.cancel)
+        await wait_for(lambda: all(self.up), "every pod is ready", 30)
         for name, hot_ttl_s in AGENTS.items():
             await self.put_agent(name, hot_ttl_s)
-        watching = asyncio.create_task(self._watch())
-        self._stack.callback(watching.cancel)
-        await wait_for(lambda: all(self.up), "every pod is ready", 30)
 
     async def _migrate(self) -> None:
         environment = {"GATEWAY_DATABASE_URL": self.postgres.url}
@@ -132,6 +134,38 @@ class Site:
                 await asyncio.sleep(0.5)
 
         await asyncio.gather(*(look(index, pod) for index, pod in enumerate(self.pods)))
+
+    async def _supervise(self) -> None:
+        """Starts what is wanted and does not run, as an orchestrator does: a process may find its stores away and end."""
+        while True:
+            for process in self._wanted:
+                if not process.started or process.process.poll() is not None:
+                    process.spawn()
+            await asyncio.sleep(0.5)
+
+    def kill(self, process: GatewayProcess) -> None:
+        """SIGKILL; it stays down until it is revived."""
+        self._wanted.discard(process)
+        process.kill()
+        self._note_down(process)
+
+    async def stop(self, process: GatewayProcess) -> int:
+        """SIGTERM, and waits for the end; the exit status. It stays down until it is revived."""
+        self._wanted.discard(process)
+        process.signal(signal.SIGTERM)
+        self._note_down(process)
+        return await asyncio.to_thread(process.process.wait, 60)
+
+    def _note_down(self, process: GatewayProcess) -> None:
+        if process in self.pods:
+            self.up[self.pods.index(process)] = False
+
+    async def revive(self, process: GatewayProcess) -> None:
+        """Has the process run again; waits until a pod is ready."""
+        self._wanted.add(process)
+        if process in self.pods:
+            index = self.pods.index(process)
+            await wait_for(lambda: self.up[index], "the pod is ready again", 60)
 
     def choose(self, chance: Random) -> int:
         """A pod to send a request to."""

@@ -179,7 +179,6 @@ async def redis_layer(url: str, *, checked: bool = True, partitions: int = 1, **
     await client.flushall()
     layer = Layer(client, Keys("gw", partitions), **settings)
     await check_server(client, layer.keys)
-    await layer.outbox.create_groups()
     try:
         yield layer
         wrong = await breaches(client, layer.keys) if checked else []

@@ -185,7 +185,6 @@ async def check_tables(rows: Rows) -> None:
 async def another(settings: Settings, name: str = "another", **changes: Any) -> AsyncIterator[Stores]:
     """Stores of another process: its own connections, its own consumer name."""
     stores = Stores(msgspec.structs.replace(settings, worker_name=name, **changes))
-    await stores.outbox.create_groups()
     try:
         yield stores
     finally:
