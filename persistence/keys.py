@@ -5,8 +5,8 @@ gw:{p}:session:<session_id>        hash    TTL only when all of it   lua/open, b
                                            is in Postgres and no     time_out, erase, mark_flushed, dead_letter, reap
                                            turn runs on it
 gw:{p}:outbox                      stream  permanent                 lua/open, commit, end, time_out, erase, retry_dead
-gw:{p}:outbox_bytes                string  permanent                 whoever adds to the outbox or takes from it: the
-                                                                     bytes of the records on it
+gw:{p}:outbox_bytes                string  permanent                 the same, mark_flushed, dead_letter: the bytes of the
+                                                                     records on the outbox
 gw:{p}:dead                        stream  permanent                 lua/dead_letter
 gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given)
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim

@@ -79,6 +79,47 @@ async def test_a_batch_is_one_transaction(stores: Stores, worker: Worker, rows: 
     assert len({row["xmin"] for row in found}) == 1
 
 
+async def test_many_records_are_several_transactions_and_each_session_is_in_one(
+    stores: Stores, worker: Worker, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.worker.PART", 4)
+    for _ in range(3):
+        for number in range(4):
+            await say(stores, f"{SESSION_ID}_{number}")
+    assert await worker.flush_once() == 16
+    found = await rows("SELECT s.id, m.xmin::text FROM agent_sessions s JOIN agent_messages m ON m.session_id = s.id")
+    transactions = {(row["id"], row["xmin"]) for row in found}
+    assert (len(found), len(transactions), len({xmin for _, xmin in transactions})) == (24, 4, 4)
+    await check_tables(rows)
+
+
+async def test_an_error_is_raised_when_no_transaction_runs_any_more(
+    stores: Stores, worker: Worker, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is taken again next must not be on its way to Postgres at the same time."""
+    monkeypatch.setattr("persistence.worker.PART", 2)
+    await say(stores, SESSION_ID)
+    await say(stores, f"{SESSION_ID}_slow")
+    flush = Transaction.flush
+
+    async def troubled(transaction: Transaction, records: Sequence[Record]) -> None:
+        if records[0].session.session_id == SESSION_ID:
+            raise ConnectionResetError
+        await flush(transaction, records)
+
+    monkeypatch.setattr(Transaction, "flush", troubled)
+    with pytest.raises(PostgresUnavailable):
+        await worker.flush_once()
+    assert await pending(stores) == 2
+    assert (await contents(rows, f"{SESSION_ID}_slow"), await contents(rows, SESSION_ID)) == (
+        ["Hello", "You said: Hello"],
+        [],
+    )
+    monkeypatch.setattr(Transaction, "flush", flush)
+    assert await worker.flush_once() == 2
+    assert await contents(rows, SESSION_ID) == ["Hello", "You said: Hello"]
+
+
 async def test_what_a_transaction_does_not_end_leaves_no_trace(stores: Stores, rows: Rows) -> None:
     await say(stores, SESSION_ID)
     records = await take(stores)
