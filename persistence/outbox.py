@@ -5,12 +5,10 @@ Called by the worker, and by the gateway to tell how far behind Postgres is.
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
 
 import msgspec
-from redis.exceptions import ResponseError
 
-from persistence.connection import Client, call, gather_bounded
+from persistence.connection import gather_bounded
 from persistence.keys import GROUP, Keys
 from persistence.records import Record
 from persistence.scripts import Scripts
@@ -47,8 +45,7 @@ class DeadLetter(msgspec.Struct):
 class Outbox:
     """The outboxes of all partitions, as one consumer of the group sees them."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
         self._scripts = scripts
         self._keys = keys
         self._consumer = consumer
@@ -56,17 +53,8 @@ class Outbox:
 
     async def create_groups(self) -> None:
         """Makes the consumer group of every partition; harmless when it is there."""
-        await gather_bounded(self._create_group(partition) for partition in self.partitions)
-
-    async def _create_group(self, partition: int) -> None:
-        async def create() -> None:
-            try:
-                await self._client.execute_command("XGROUP", "CREATE", self._keys.outbox(partition), GROUP, "0", "MKSTREAM")
-            except ResponseError as error:
-                if "BUSYGROUP" not in str(error):
-                    raise
-
-        await call(create, 5)
+        outboxes = [self._keys.outbox(partition) for partition in self.partitions]
+        await gather_bounded(self._scripts.run("create_group", "", [key], {"group": GROUP}, 5) for key in outboxes)
 
     async def take(self, partition: int, count: int, *, claim: bool = False) -> Taken:
         """Up to `count` records: this consumer's own pending ones; if none, new ones, with dead workers' if `claim`."""
@@ -154,11 +142,11 @@ class Outbox:
         return Backlog(sum(records), max(lags, default=0), sum(dead))
 
     async def _length(self, key: str) -> int:
-        return int(await call(lambda: self._client.execute_command("XLEN", key)))
+        return int(await self._scripts.command("XLEN", key))
 
     async def _range(self, key: str, limit: int) -> list[tuple[bytes, list[bytes]]]:
-        reply: list[Any] = await call(lambda: self._client.xrange(key, count=limit), 5)
-        return [(entry, [part for pair in fields.items() for part in pair]) for entry, fields in reply]
+        reply = await self._scripts.command("XRANGE", key, "-", "+", "COUNT", limit, timeout_s=5)
+        return [(entry, fields) for entry, fields in reply]
 
 
 def _pairs(fields: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:
