@@ -71,11 +71,11 @@ class Stores:
         )
         self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
         self.logs = EventLogs(self.scripts, self.keys)
-        self.agent_copies = AgentCopies(self.client, self.keys)
+        self.agent_copies = AgentCopies(self.scripts, self.keys)
         self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
         self.agents = Agents(self.agent_copies, self.postgres)
         name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
-        self.outbox = Outbox(self.client, self.scripts, self.keys, name)
+        self.outbox = Outbox(self.scripts, self.keys, name)
 
     async def check(self) -> None:
         """Refuses a Redis on which the promises would not hold. Raises PersistenceError."""
@@ -102,7 +102,7 @@ class Pod:
         self.stores = stores
         self.metrics = Metrics()
         self.history = History(
-            stores.client,
+            stores.scripts,
             stores.keys,
             stores.sessions,
             stores.logs,
@@ -243,7 +243,6 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
     """A worker, after everything that can stop its start has been checked. Raises PersistenceError."""
     await stores.check()
     housekeeping = Housekeeping(
-        stores.client,
         stores.scripts,
         stores.keys,
         stores.sessions,

@@ -24,7 +24,6 @@ from gateway.app import Pod, Stores, build_pod, build_worker
 from gateway.servers import PostgresServer, RedisServer, Server, ServerError, free_port, port_is_free
 from gateway.settings import Settings, load_settings
 from persistence.agents import AgentDefinition
-from persistence.connection import call
 from persistence.errors import PostgresUnavailable
 from persistence.migrate import load_migrations, migrate
 from persistence.worker import Worker
@@ -190,8 +189,8 @@ class Behind:
         stores, session_id = self._stores, request.query_params.get("session_id", "")
         key = stores.keys.session(session_id)
         began = time()
-        found: dict[bytes, bytes] = await call(lambda: stores.client.execute_command("HGETALL", key))
-        ttl_s = await call(lambda: stores.client.execute_command("TTL", key))
+        found: list[bytes] = await stores.scripts.command("HGETALL", key)
+        ttl_s = await stores.scripts.command("TTL", key)
         redis_ms = round((time() - began) * 1000, 2)
         backlog = await stores.outbox.backlog(int(time() * 1000))
         rows: list[dict[str, Any]] | None = None
@@ -205,13 +204,14 @@ class Behind:
                 ]
         except PostgresUnavailable:
             rows = None
+        pairs = zip(found[::2], found[1::2], strict=True)
         if not found and not rows:
             return Response(status_code=404)
         return answer(
             {
                 "key": key,
                 "ttl_s": ttl_s if ttl_s >= 0 else None,
-                "hash": {name.decode(): value.decode(errors="replace") for name, value in sorted(found.items())},
+                "hash": {name.decode(): value.decode(errors="replace") for name, value in sorted(pairs)},
                 "outbox": backlog.records,
                 "rows": rows,
                 "redis_ms": redis_ms,

@@ -5,10 +5,10 @@ from uuid import UUID
 
 import msgspec
 
-from persistence.connection import Client, call
 from persistence.errors import Damaged
 from persistence.keys import Keys
 from persistence.records import Channel
+from persistence.scripts import Scripts
 from persistence.sessions import IfBusy, TurnPolicy
 
 MIN_HOT_TURNS = 10
@@ -81,8 +81,8 @@ def as_uuid(reference: str) -> str | None:
 class AgentCopies:
     """The copies of agent definitions in Redis: a hash under the id, and one under the name that points at it."""
 
-    def __init__(self, client: Client, keys: Keys) -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys) -> None:
+        self._scripts = scripts
         self._keys = keys
 
     async def find(self, reference: str) -> Agent | None:
@@ -115,17 +115,16 @@ class AgentCopies:
     async def put(self, agent: Agent, old_name: str | None = None) -> None:
         """Writes the copy of an agent."""
         fields = ("id", agent.id, "name", agent.name, "definition", msgspec.json.encode(agent.definition))
-        await call(lambda: self._client.execute_command("HSET", self._keys.agent(agent.id), *fields))
-        await call(lambda: self._client.execute_command("HSET", self._keys.agent(agent.name), "id", agent.id))
+        await self._scripts.command("HSET", self._keys.agent(agent.id), *fields)
+        await self._scripts.command("HSET", self._keys.agent(agent.name), "id", agent.id)
         if old_name and old_name != agent.name:
-            await call(lambda: self._client.execute_command("DEL", self._keys.agent(old_name)))
+            await self._scripts.command("DEL", self._keys.agent(old_name))
 
     async def delete(self, agent: Agent) -> None:
         """Removes the copy of an agent."""
-        await call(lambda: self._client.execute_command("DEL", self._keys.agent(agent.id)))
-        await call(lambda: self._client.execute_command("DEL", self._keys.agent(agent.name)))
+        await self._scripts.command("DEL", self._keys.agent(agent.id))
+        await self._scripts.command("DEL", self._keys.agent(agent.name))
 
     async def _hash(self, reference: str) -> dict[bytes, bytes]:
-        key = self._keys.agent(reference)
-        found: dict[bytes, bytes] = await call(lambda: self._client.execute_command("HGETALL", key))
-        return found
+        found: list[bytes] = await self._scripts.command("HGETALL", self._keys.agent(reference))
+        return dict(zip(found[::2], found[1::2], strict=True))

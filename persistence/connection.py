@@ -141,7 +141,8 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
         if error.status_code == "ERR" or str(error).startswith("WRONGTYPE") or isinstance(error, ClusterCrossSlotError):
             raise CommandRefused(f"{type(error).__name__}: {error}") from error
         raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
-    except (TimeoutError, OSError, RedisError) as error:
+    except (TimeoutError, OSError, RedisError, AttributeError) as error:
+        # AttributeError is what redis-py ends in when another call drops the connection on which this one is sending.
         raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
     except RuntimeError as error:
         # How uvloop says that a connection was closed (because of a foreign reply, say) while redis-py was using it.

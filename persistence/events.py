@@ -167,7 +167,8 @@ class WakeUps:
         while True:
             try:
                 await self._read()
-            except (OSError, RedisError, RuntimeError) as error:
+            except Exception as error:
+                # Of any kind: redis-py takes apart whatever comes, and what is no message ends in whatever error it may.
                 log.warning("wakeups.failed", error=f"{type(error).__name__}: {error}")
                 await asyncio.sleep(0.2)
 

@@ -3,12 +3,11 @@
 Redis is read first. A turn leaves Redis only after Postgres has it, so what the first reading missed the second one has.
 """
 
-from functools import partial
 from itertools import chain
 
 import msgspec
 
-from persistence.connection import Client, call, gather_bounded
+from persistence.connection import gather_bounded
 from persistence.errors import PostgresUnavailable
 from persistence.events import EventLogs, Following
 from persistence.hydrator import Hydrator
@@ -16,6 +15,7 @@ from persistence.keys import Keys
 from persistence.outbox import Outbox
 from persistence.postgres import Postgres, SessionFilter
 from persistence.records import Session, StoredMessage, moment, transcript
+from persistence.scripts import Scripts
 from persistence.sessions import Absent, Access, Hot, Refused, SessionStore
 
 ALL_TURNS = 1_000_000_000
@@ -55,7 +55,7 @@ class History:
 
     def __init__(
         self,
-        client: Client,
+        scripts: Scripts,
         keys: Keys,
         store: SessionStore,
         logs: EventLogs,
@@ -63,7 +63,7 @@ class History:
         hydrator: Hydrator,
         outbox: Outbox,
     ) -> None:
-        self._client = client
+        self._scripts = scripts
         self._logs = logs
         self._keys = keys
         self._store = store
@@ -137,8 +137,8 @@ class History:
         found: list[ListedSession] = []
         offset = 0
         while len(found) < limit:
-            command = ("ZREVRANGEBYSCORE", self._keys.live(partition), highest, "-inf", "LIMIT", offset, limit)
-            members: list[bytes] = await call(partial(self._client.execute_command, *command))
+            window = (highest, "-inf", "LIMIT", offset, limit)
+            members: list[bytes] = await self._scripts.command("ZREVRANGEBYSCORE", self._keys.live(partition), *window)
             sessions = await gather_bounded(self._find_live(member.decode()) for member in members)
             listed = [ListedSession(session, True) for session in sessions if session and which.matches(session)]
             found += [one for one in listed if after is None or one.position < after]

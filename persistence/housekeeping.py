@@ -6,12 +6,11 @@ Called by the worker. Everything here may run in several workers at once and be 
 from datetime import datetime, timedelta
 from itertools import chain
 from time import monotonic, time
-from typing import Any
 
 import structlog
 
 from persistence.agents import AgentCopies
-from persistence.connection import Client, call, gather_bounded
+from persistence.connection import gather_bounded
 from persistence.errors import Damaged
 from persistence.hydrator import Hydrator
 from persistence.keys import Keys, masked
@@ -32,7 +31,6 @@ class Housekeeping:
 
     def __init__(
         self,
-        client: Client,
         scripts: Scripts,
         keys: Keys,
         store: SessionStore,
@@ -41,7 +39,6 @@ class Housekeeping:
         *,
         session_timeout_s: float,
     ) -> None:
-        self._client = client
         self._scripts = scripts
         self._keys = keys
         self._store = store
@@ -79,7 +76,7 @@ class Housekeeping:
         # By this machine's clock only what to look at is chosen; the script decides by Redis' own.
         now_ms = int(time() * 1000)
         key = self._keys.running(partition)
-        return [member.decode() for member in await self._execute("ZRANGEBYSCORE", key, "-inf", now_ms + 1000)]
+        return [member.decode() for member in await self._scripts.command("ZRANGEBYSCORE", key, "-inf", now_ms + 1000)]
 
     async def trim(self) -> int:
         """Looks at a part of some lists and takes off sessions that have left Redis, and logs that have; how many."""
@@ -92,18 +89,16 @@ class Housekeeping:
 
     async def _trim_live(self, partition: int) -> int:
         key = self._keys.live(partition)
-        self._live_cursors[partition], found = await self._execute(
-            "ZSCAN", key, self._live_cursors[partition], "COUNT", TRIM_BATCH
-        )
-        session_ids = [member.decode() for member, _ in found]
+        cursor, found = await self._scripts.command("ZSCAN", key, self._live_cursors[partition], "COUNT", TRIM_BATCH)
+        self._live_cursors[partition] = int(cursor)
+        session_ids = [member.decode() for member in found[::2]]
         return await self._trim_off("trim", [key, *map(self._keys.session, session_ids)], session_ids)
 
     async def _trim_logs(self, partition: int) -> int:
         key = self._keys.logs(partition)
-        self._log_cursors[partition], found = await self._execute(
-            "HSCAN", key, self._log_cursors[partition], "COUNT", TRIM_BATCH
-        )
-        return await self._trim_off("trim_logs", [key], [session_id.decode() for session_id in found])
+        cursor, found = await self._scripts.command("HSCAN", key, self._log_cursors[partition], "COUNT", TRIM_BATCH)
+        self._log_cursors[partition] = int(cursor)
+        return await self._trim_off("trim_logs", [key], [session_id.decode() for session_id in found[::2]])
 
     async def _trim_off(self, script: str, keys: list[str], session_ids: list[str]) -> int:
         if not session_ids:
@@ -136,6 +131,3 @@ class Housekeeping:
                 log.info("session.timed_out", session=masked(session_id))
         except Damaged as error:
             log.error("session.damaged", error=str(error))
-
-    async def _execute(self, *command: Any) -> Any:
-        return await call(lambda: self._client.execute_command(*command))

@@ -5,11 +5,10 @@ Called by the worker, and by the gateway to tell how far behind Postgres is.
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
 
 import msgspec
 
-from persistence.connection import Client, call, gather_bounded
+from persistence.connection import gather_bounded
 from persistence.keys import GROUP, Keys
 from persistence.records import Record
 from persistence.scripts import Scripts
@@ -47,8 +46,7 @@ class DeadLetter(msgspec.Struct):
 class Outbox:
     """The outboxes of all partitions, as one consumer of the group sees them."""
 
-    def __init__(self, client: Client, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
-        self._client = client
+    def __init__(self, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
         self._scripts = scripts
         self._keys = keys
         self._consumer = consumer
@@ -145,15 +143,15 @@ class Outbox:
         return Backlog(sum(records), sum(counted), max(lags, default=0), sum(dead))
 
     async def _length(self, key: str) -> int:
-        return int(await call(lambda: self._client.execute_command("XLEN", key)))
+        return int(await self._scripts.command("XLEN", key))
 
     async def _bytes(self, partition: int) -> int:
-        counted = await call(lambda: self._client.execute_command("GET", self._keys.outbox_bytes(partition)))
+        counted = await self._scripts.command("GET", self._keys.outbox_bytes(partition))
         return int(counted) if counted and counted.isdigit() else 0
 
     async def _range(self, key: str, limit: int) -> list[tuple[bytes, list[bytes]]]:
-        reply: list[Any] = await call(lambda: self._client.xrange(key, count=limit), 5)
-        return [(entry, [part for pair in fields.items() for part in pair]) for entry, fields in reply]
+        reply = await self._scripts.command("XRANGE", key, "-", "+", "COUNT", limit, timeout_s=5)
+        return [(entry, fields) for entry, fields in reply]
 
 
 def _pairs(fields: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:

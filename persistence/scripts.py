@@ -1,7 +1,9 @@
 """Runs the Lua scripts, and uses no reply before it has proved that it belongs to the call.
 
 Every script echoes the session id and a nonce made for the call. A reply that echoes anything else was meant for
-somebody else: all connections are dropped, the call fails, and `foreign_replies` counts it.
+somebody else: all connections are dropped, the call fails, and `foreign_replies` counts it. A plain command's reply tells
+nothing of the kind, and a client may hand out a connection that still holds, or will yet receive, the reply to an older
+question: what is stored is read and written through here alone.
 """
 
 import asyncio
@@ -62,13 +64,7 @@ class Scripts:
         for pair in arguments.items():
             tail += pair
         reply = await call(partial(self._evaluate, name, len(keys), tail), timeout_s)
-        if (
-            not isinstance(reply, list)
-            or len(reply) < 3
-            or reply[2] != nonce.encode()
-            or reply[1] != session_id.encode()
-            or not isinstance(reply[0], bytes)
-        ):
+        if not self._belongs(reply, session_id, nonce):
             self.foreign_replies += 1
             log.error("redis.foreign_reply", script=name)
             await drop_connections(self._client)
@@ -78,6 +74,20 @@ class Scripts:
             field = reply[3].decode(errors="replace")
             raise Damaged(f"session {masked(session_id)}", field, "is missing or unreadable in Redis")
         return [word, *reply[3:]]
+
+    def _belongs(self, reply: Any, session_id: str, nonce: str) -> bool:
+        return (
+            isinstance(reply, list)
+            and len(reply) >= 3
+            and reply[2] == nonce.encode()
+            and reply[1] == session_id.encode()
+            and isinstance(reply[0], bytes)
+        )
+
+    async def command(self, command: str, key: str, *arguments: Argument, timeout_s: float = 1.8) -> Any:
+        """Runs one command on one key; its reply as RESP2 has it, a hash as [field, value, ...]. Raises as `run` does."""
+        numbered = {str(number): argument for number, argument in enumerate(arguments, 1)}
+        return (await self.run("command", "", [key], {"command": command, **numbered}, timeout_s))[1]
 
     async def _evaluate(self, name: str, key_count: int, tail: list[Argument]) -> Any:
         async with self._free:

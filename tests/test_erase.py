@@ -2,17 +2,25 @@
 
 import asyncio
 import random
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from time import monotonic
+from contextlib import asynccontextmanager
+from functools import partial
 from uuid import UUID
 
 import pytest
 
-from gateway.app import Stores
+from gateway.app import Stores, build_worker
 from gateway.settings import Settings
-from persistence.errors import DataRefused, PersistenceError
+from persistence.connection import gather_bounded
+from persistence.errors import PersistenceError
 from persistence.keys import GROUP
-from persistence.sessions import Absent, Access, Refused
+from persistence.logs import Event, Part
+from persistence.outbox import CLAIM_IDLE_MS
+from persistence.postgres import Transaction
+from persistence.records import Turn
+from persistence.sessions import Absent, Access, Begun, Refused
+from persistence.worker import Worker
 from tests.support.rule import all_keys
 from tests.support.serving import wait_for
 from tests.support.stored import (
@@ -33,12 +41,12 @@ from tests.support.stored import (
     say,
     store_records,
     take,
+    ttl_of,
 )
 
 Flush = Callable[[], Awaitable[None]]
 SESSION_ID = "session_to_be_erased"
 OWNER = Access(AGENT_ID, authorized=True)
-ROUNDS_S = 8.0
 
 
 @pytest.fixture
@@ -180,11 +188,7 @@ async def test_without_the_note_of_erased_sessions_it_would_come_back(
     stores: Stores, second: Stores, flush: Flush, rows: Rows
 ) -> None:
     """The control of the test above: the statements without the check."""
-    for name in ("upsert_sessions", "insert_messages"):
-        statement = second.postgres._statements[name]
-        lines = [line for line in statement.splitlines() if "FROM erased_sessions" not in line]
-        second.postgres._statements[name] = "\n".join(lines)
-        assert second.postgres._statements[name] != statement
+    without_the_note(second.postgres._statements)
     await say(stores, SESSION_ID)
     held = await take(second)
     session_uuid = await erase(stores)
@@ -208,6 +212,23 @@ async def test_an_erasure_waits_for_flushes_that_have_begun(stores: Stores, seco
     await mark(stores, erasure)
     await mark(second, held)
     await assert_gone(stores, rows, session_uuid)
+
+
+async def test_without_the_lock_a_flush_that_has_begun_would_bring_it_back(
+    stores: Stores, second: Stores, rows: Rows
+) -> None:
+    """The control of the test above: the erasure does not wait."""
+    stores.postgres._statements["lock_erase"] = "SELECT 1"
+    await say(stores, SESSION_ID)
+    held = await take(second)
+    session_uuid = await erase(stores)
+    erasure = await take(stores)
+    async with second.postgres.transaction(20) as transaction:
+        await transaction.flush(held)
+        await store_records(stores, erasure)
+    await mark(stores, erasure)
+    await mark(second, held)
+    assert await rows("SELECT id FROM agent_sessions WHERE id = $1", session_uuid)
 
 
 async def waits_for_a_lock(rows: Rows) -> bool:
@@ -246,54 +267,151 @@ async def test_a_new_session_under_the_same_id_is_a_fresh_one(
     await check_tables(rows)
 
 
-async def test_racing_workers_that_die_at_random_never_bring_it_back(
-    settings: Settings, stores: Stores, flush: Flush, rows: Rows, monkeypatch: pytest.MonkeyPatch
+Tamper = Callable[[dict[str, str]], None]
+
+
+class Race:
+    """Rounds in which a visitor talks and is erased at a random moment, while two workers work, stall before they commit,
+    die and start again. `tamper` may take a guard out of the workers' statements."""
+
+    def __init__(self, settings: Settings, stores: Stores, tamper: Tamper = lambda _: None) -> None:
+        self.seed = random.randrange(10**9)
+        self._chance = random.Random(self.seed)
+        self._settings = settings
+        self._stores = stores
+        self._tamper = tamper
+        self.erased: list[UUID] = []
+        self.seen: Counter[str] = Counter()
+
+    async def run(self, rounds: int, at_once: int = 8) -> None:
+        """All rounds, and then until nothing waits any more."""
+        racing = asyncio.Event()
+        async with another(self._settings, "a") as a, another(self._settings, "b") as b:
+            workers = [asyncio.create_task(self._works(own, racing)) for own in (a, b)]
+            await gather_bounded((self._visits(f"{SESSION_ID}_{number}") for number in range(rounds)), at_once)
+            racing.set()
+            await asyncio.gather(*workers)
+            for _ in range(2):
+                for own in (a, b):
+                    worker = await build_worker(self._settings, own)
+                    await wait_for(lambda worker=worker: drained(self._stores, worker), f"all is flushed, seed {self.seed}")
+
+    async def _works(self, own: Stores, racing: asyncio.Event) -> None:
+        """One worker after the other under the same name, each until it is killed."""
+        self._tamper(own.postgres._statements)
+        transaction = own.postgres.transaction
+
+        @asynccontextmanager
+        async def stalling(timeout_s: float | None = None) -> AsyncIterator[Transaction]:
+            async with transaction(timeout_s) as open_transaction:
+                yield open_transaction
+                self.seen["transactions"] += 1
+                await self._a_moment()
+
+        own.postgres.transaction = stalling  # type: ignore[method-assign]
+        while not racing.is_set():
+            working = asyncio.create_task((await build_worker(self._settings, own)).run())
+            await asyncio.wait({asyncio.create_task(racing.wait())}, timeout=0.05 + self._chance.random() * 0.5)
+            working.cancel()
+            await asyncio.gather(working, return_exceptions=True)
+            self.seen["deaths"] += 1
+        own.postgres.transaction = transaction  # type: ignore[method-assign]
+
+    async def _a_moment(self) -> None:
+        await asyncio.sleep(self._chance.choice((0, 0, 0.003, 0.01, 0.05, 0.1)))
+
+    async def _visits(self, session_id: str) -> None:
+        stores, chance = self._stores, self._chance
+        poisoned = False
+        for _ in range(chance.randint(1, 3)):
+            if chance.random() < 0.2:
+                poisoned = True
+                self.seen["poison"] += 1
+            await say(stores, session_id, answer="not \0 storable" if poisoned else "")
+            await self._a_moment()
+            if chance.random() < 0.3:
+                await wait_for(partial(self._is_settled, session_id), f"{session_id} is flushed, seed {self.seed}")
+            if chance.random() < 0.5:
+                for letter in await stores.outbox.dead_letters():
+                    self.seen["retried"] += await stores.outbox.retry_dead(letter)
+            if await ttl_of(stores, session_id) > 0 and chance.random() < 0.5:
+                await stores.client.delete(stores.keys.session(session_id))
+                self.seen["evicted"] += 1
+        settled = not (await fields_of(stores, session_id)).get("unflushed")
+        snapshot = await stores.postgres.find_snapshot(session_id, 25) if settled else None
+        late = await begin(stores, session_id) if chance.random() < 0.5 else None
+        if late:
+            await self._log(session_id, *late)
+        await self._a_moment()
+        records = len((await fields_of(stores, session_id)).get("unflushed", "").split())
+        self.seen["erased while queued"] += bool(records)
+        self.erased.append(await erase(stores, session_id))
+        await self._a_moment()
+        # Whoever was slow: the pod that runs a turn, and one that read the session from Postgres.
+        if late:
+            turn_id, begun = late
+            turn = Turn(turn_id, None, 1, [])
+            assert await stores.sessions.commit(session_id, turn_id, begun.fence, 1, turn, POLICY) is None
+            await self._log(session_id, *late)
+        if snapshot:
+            assert not await stores.sessions.hydrate(snapshot, begun.fence if late else 1, 1800)
+
+    async def _is_settled(self, session_id: str) -> bool:
+        fields = await fields_of(self._stores, session_id)
+        return not fields["unflushed"] or bool(fields.get("dead"))
+
+    async def _log(self, session_id: str, turn_id: str, begun: Begun) -> None:
+        await self._stores.logs.append(session_id, turn_id, begun.fence, Part(0, [Event(1, "text.delta", b"{}")]))
+
+    async def check(self, rows: Rows) -> None:
+        """Nothing of any of the sessions is anywhere."""
+        for table in ("agent_sessions", "agent_messages"):
+            assert await rows(f"SELECT * FROM {table}") == [], f"came back to {table}, seed {self.seed}"
+        left = [key for key in await all_keys(self._stores.client, self._stores.keys) if "events" in key or "ticket" in key]
+        assert left == [], f"seed {self.seed}"
+        await assert_gone(self._stores, rows, *self.erased)
+
+
+@pytest.mark.parametrize("claim_idle_ms", [1, CLAIM_IDLE_MS])
+async def test_in_200_rounds_racing_workers_that_die_at_random_never_bring_it_back(
+    settings: Settings, stores: Stores, rows: Rows, monkeypatch: pytest.MonkeyPatch, claim_idle_ms: int
 ) -> None:
-    """As many rounds as there is time for: turns are said, two workers take, store and mark, and die in between."""
+    """Also when they take from each other whatever they can get."""
+    monkeypatch.setattr("persistence.outbox.CLAIM_IDLE_MS", claim_idle_ms)
+    monkeypatch.setattr("persistence.worker.CLAIM_EVERY_S", claim_idle_ms / 2000)
+    race = Race(settings, stores)
+    await race.run(200)
+    await race.check(rows)
+    assert len(race.erased) == 200
+    # All that makes it hard has happened.
+    for what, least in {"transactions": 100, "deaths": 10, "poison": 20, "retried": 1, "evicted": 5}.items():
+        assert race.seen[what] >= least, race.seen
+    assert race.seen["erased while queued"] >= 20, race.seen
+
+
+def without_the_note(statements: dict[str, str]) -> None:
+    for name in ("upsert_sessions", "insert_messages"):
+        lines = statements[name].splitlines()
+        kept = [line for line in lines if "FROM erased_sessions" not in line]
+        assert len(kept) == len(lines) - 1
+        statements[name] = "\n".join(kept)
+
+
+async def test_without_the_note_the_same_race_brings_it_back(
+    settings: Settings, stores: Stores, rows: Rows, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: within 200 rounds, usually within the first 50."""
     monkeypatch.setattr("persistence.outbox.CLAIM_IDLE_MS", 1)
     monkeypatch.setattr("persistence.worker.CLAIM_EVERY_S", 0.0)
-    seed = random.randrange(10**9)
-    chance = random.Random(seed)
-    deadline = monotonic() + ROUNDS_S
-    erased: list[UUID] = []
-
-    async def works(own: Stores) -> None:
-        for _ in range(3):
-            records = await take(own, chance.randint(1, 5), claim=chance.random() < 0.5)
-            await asyncio.sleep(chance.choice((0, 0.001, 0.003)))
-            if not records or chance.random() < 0.3:
-                continue
-            try:
-                await store_records(own, records)
-            except DataRefused as error:
-                # Both insert the same new session at the same moment; a worker tries again, this one counts as dead.
-                assert error.constraint == "idx_sessions_session_id"
-                continue
-            await asyncio.sleep(chance.choice((0, 0.001, 0.003)))
-            if chance.random() < 0.7:
-                await mark(own, records)
-
-    async def visits(session_id: str) -> None:
-        for _ in range(chance.randint(1, 3)):
-            await say(stores, session_id)
-        await asyncio.sleep(chance.choice((0, 0.001, 0.005)))
-        erased.append(await erase(stores, session_id))
-
-    async with another(settings, "a") as a, another(settings, "b") as b:
-        rounds = 0
-        while monotonic() < deadline:
-            rounds += 1
-            visitors = [visits(f"{SESSION_ID}_{rounds}_{number}") for number in range(3)]
-            await asyncio.gather(works(a), works(b), *visitors)
-            if rounds % 10 == 0 or monotonic() >= deadline:
-                await wait_for(lambda: drained(stores, flush), f"everything is flushed, seed {seed}")
-                assert await rows("SELECT id FROM agent_sessions") == [], f"seed {seed}, round {rounds}"
-    await assert_gone(stores, rows, *erased)
-    assert rounds > 10
+    for _ in range(4):
+        await Race(settings, stores, without_the_note).run(50)
+        if await rows("SELECT id FROM agent_sessions"):
+            return
+    raise AssertionError("nothing came back")
 
 
-async def drained(stores: Stores, flush: Flush) -> bool:
-    await flush()
+async def drained(stores: Stores, worker: Worker) -> bool:
+    assert await worker.drain(10)
     waiting = await stores.client.xlen(stores.keys.outbox(0))
     pending = (await stores.client.xpending(stores.keys.outbox(0), GROUP))["pending"]
     return not waiting and not pending

@@ -959,8 +959,8 @@ async def _twice_cancel(layer: Layer) -> Repeated:
 REPEATED: dict[str, Callable[[Layer], Awaitable[Repeated]]] = {
     name.removeprefix("_twice_"): prepare for name, prepare in globals().copy().items() if name.startswith("_twice_")
 }
-NOT_REPEATED = {"read", "follow", "take", "limit"}
-"""Reads; and the charge of an address, which a lost reply may double: it holds no visitor's words."""
+NOT_REPEATED = {"read", "follow", "take", "limit", "command"}
+"""Reads; the charge of an address, which a lost reply may double: it holds no visitor's words; and what only sets."""
 
 
 def test_every_write_script_is_among_those_repeated_here() -> None:
@@ -1004,7 +1004,7 @@ AGENT = Agent(AGENT_ID, "shop", AgentDefinition(graph="echo", config={"model": "
 
 
 async def test_an_agent_is_found_by_id_and_by_name(layer: Layer) -> None:
-    copies = AgentCopies(layer.client, layer.keys)
+    copies = AgentCopies(layer.scripts, layer.keys)
     assert await copies.find("shop") is None
     assert await copies.find(AGENT_ID) is None
     await copies.put(AGENT)
@@ -1021,7 +1021,7 @@ async def test_an_agent_is_found_by_id_and_by_name(layer: Layer) -> None:
 @pytest.mark.parametrize("field", ["id", "name", "definition"])
 @pytest.mark.parametrize("value", [None, b"\xff\xfe garbage"])
 async def test_a_damaged_copy_of_an_agent_is_not_taken_for_absence(layer: Layer, field: str, value: bytes | None) -> None:
-    copies = AgentCopies(layer.client, layer.keys)
+    copies = AgentCopies(layer.scripts, layer.keys)
     await copies.put(AGENT)
     key = layer.keys.agent(AGENT_ID)
     if value is None:
@@ -1033,7 +1033,7 @@ async def test_a_damaged_copy_of_an_agent_is_not_taken_for_absence(layer: Layer,
 
 
 async def test_a_damaged_pointer_to_an_agent_is_not_taken_for_absence(layer: Layer) -> None:
-    copies = AgentCopies(layer.client, layer.keys)
+    copies = AgentCopies(layer.scripts, layer.keys)
     await copies.put(AGENT)
     await layer.client.execute_command("DEL", layer.keys.agent("shop"))
     await layer.client.execute_command("HSET", layer.keys.agent("shop"), "other", "x")
@@ -1076,7 +1076,7 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
         await operation()
         await recording.flush()
     await Limits(scripts, layer.keys).charge("bucket", 1, 1000)
-    await AgentCopies(layer.client, layer.keys).put(AGENT)
+    await AgentCopies(layer.scripts, layer.keys).put(AGENT)
     await recording.sessions.read(new_id(), ACCESS)
     table = key_table()
     assert len(table) == 14

@@ -76,7 +76,7 @@ class Layer:
         self.sessions = SessionStore(
             self.scripts, keys, lease_ms=lease_ms, max_backlog=max_backlog, max_backlog_bytes=max_backlog_bytes
         )
-        self.outbox = Outbox(client, self.scripts, keys, "tester")
+        self.outbox = Outbox(self.scripts, keys, "tester")
 
     async def open(self, session_id: str = "", **changed: Any) -> Session:
         """A new session."""

@@ -63,6 +63,11 @@ class Proxy:
             for end in self._links.pop(task):
                 end.close()
 
+    def inject(self, reply: bytes) -> None:
+        """Sends a reply on every connection, to nobody's question."""
+        for client, _ in self._links.values():
+            client.write(reply)
+
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, HOST, 0)
 

@@ -202,7 +202,6 @@ async def another_worker(settings: Settings, name: str = "another", **changes: A
 def housekeeping_of(stores: Stores, session_timeout_s: float) -> Housekeeping:
     """The worker's jobs beside the flush, to be run by hand."""
     return Housekeeping(
-        stores.client,
         stores.scripts,
         stores.keys,
         stores.sessions,
@@ -215,7 +214,7 @@ def housekeeping_of(stores: Stores, session_timeout_s: float) -> Housekeeping:
 def history_of(stores: Stores) -> History:
     """What the API reads through."""
     return History(
-        stores.client,
+        stores.scripts,
         stores.keys,
         stores.sessions,
         stores.logs,

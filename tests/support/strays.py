@@ -1,0 +1,94 @@
+"""Replies where they do not belong: on idle pooled connections, and from clients that put connections back too early."""
+
+from asyncio import StreamWriter
+from functools import partial
+from typing import Any
+
+from redis.asyncio import Connection, Redis, RedisCluster
+from redis.asyncio.cluster import ClusterNode
+
+from persistence.connection import call, connect
+from persistence.keys import Keys
+from persistence.scripts import Argument, Scripts, script_texts
+from tests.support.serving import wait_for
+
+
+def question(keys: Keys, session_id: str) -> list[str | int]:
+    """What `read` sends about a session."""
+    head = keys.head(session_id)
+    arguments = ["session_id", session_id, "nonce", "old", "agent_id", "", "website_domain", "", "authorized", "1"]
+    names = [keys.session(session_id), f"{head}fence", f"{head}ticket:{session_id}"]
+    return ["EVAL", script_texts()["read"], 3, *names, *arguments, "count", "10", "ticket_ms", "1000"]
+
+
+async def leave_reply(client: Redis | RedisCluster, *command: str | int) -> list[StreamWriter]:
+    """Sends a command on an idle connection and puts it back with its reply unread, as a call that was cancelled might.
+
+    On a cluster on every node, but a command about a key on that key's node alone. The sockets that hold it.
+    """
+    if not isinstance(client, RedisCluster):
+        connection: Connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+        socket = await _ask(connection, command)
+        await client.connection_pool.release(connection)
+        return [socket]
+    nodes = list(client.get_primaries())
+    if command[2] != 0:
+        nodes = [client.get_node_from_key(str(command[3]))]  # type: ignore[list-item]
+    return [await _leave_on(node, command) for node in nodes]
+
+
+async def _leave_on(node: ClusterNode, command: tuple[str | int, ...]) -> StreamWriter:
+    connection = node.acquire_connection()
+    await connection.connect()  # type: ignore[no-untyped-call]
+    socket = await _ask(connection, command)
+    node._free.appendleft(connection)
+    return socket
+
+
+async def _ask(connection: Any, command: tuple[str | int, ...]) -> StreamWriter:
+    await connection.send_command(*command)
+    # Whether bytes have come that nobody has read.
+    await wait_for(lambda: connection._reader._buffer, "the reply arrives")
+    socket: StreamWriter = connection._writer
+    return socket
+
+
+class TrustingScripts(Scripts):
+    """Control: uses whatever reply it reads, but for what it could not take apart."""
+
+    def _belongs(self, reply: Any, session_id: str, nonce: str) -> bool:
+        return isinstance(reply, list) and bool(reply) and isinstance(reply[0], bytes)
+
+    async def command(self, command: str, key: str, *arguments: Argument, timeout_s: float = 1.8) -> Any:
+        """As a plain command: there is nothing in its reply to look at."""
+        tail: list[Argument] = [key, "session_id", "", "nonce", "none", "command", command]
+        for number, argument in enumerate(arguments, 1):
+            tail += [str(number), argument]
+        reply = await call(partial(self._evaluate, "command", 1, tail), timeout_s)
+        return reply[3] if isinstance(reply, list) and reply[2:3] == [b"none"] else reply
+
+
+class CarelessConnection(Connection):
+    """A call that is cancelled while it waits leaves its connection open and its reply to the next one, as in redis-py
+    before 4.5.3; and whoever looks before using it looks too early."""
+
+    async def can_read(self) -> bool:
+        return False
+
+    async def read_response(self, *arguments: Any, **named: Any) -> Any:
+        return await super().read_response(*arguments, **{**named, "disconnect_on_error": False})
+
+
+async def careless(url: str) -> Redis | RedisCluster:
+    """A client with such connections."""
+    client = connect(url)
+    if not isinstance(client, RedisCluster):
+        client.connection_pool.connection_class = CarelessConnection
+        return client
+    await client.initialize()
+    for node in client.get_nodes():
+        await node.disconnect()
+        node._connections.clear()
+        node._free.clear()
+        node.connection_class = CarelessConnection
+    return client
