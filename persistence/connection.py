@@ -50,6 +50,8 @@ def _options() -> dict[str, Any]:
         "socket_keepalive": True,
         "health_check_interval": 0,
         "decode_responses": False,
+        # No CLIENT SETINFO when connecting: redis-py ignores what is answered to it, were it a reply to something else.
+        "driver_info": None,
         "retry": Retry(ExponentialWithJitterBackoff(base=0.02, cap=0.2), RETRIES),
     }
 

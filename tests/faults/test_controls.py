@@ -1,7 +1,7 @@
 """The chaos can fail: with any one guard taken out of the gateway, the same run finds what the guard is there for.
 
-Pods and workers run from a copy of the source in which the guard is missing. What makes the moment longer in which the
-guard matters is changed too, in every copy, so that a short run meets it; with that alone the run finds nothing.
+Pods and workers run from a copy of the source in which the guard is missing. Where the guard matters for a moment only, the
+copy makes the moment longer, so that a short run meets it; with that alone the run finds nothing.
 """
 
 import shutil
@@ -26,29 +26,24 @@ class Edit:
     new: str
 
 
-SLOWLY = (
-    # Between what Postgres has committed and what Redis knows of it.
-    Edit(
-        "persistence/worker.py",
-        "        await self._outbox.mark_flushed(partition, records)\n",
-        "        await asyncio.sleep(2)\n        await self._outbox.mark_flushed(partition, records)\n",
-    ),
-    # Between a record and Postgres.
-    Edit(
-        "persistence/worker.py",
-        "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
-        "            await asyncio.sleep(0.2)\n"
-        "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
-    ),
+LATE = Edit(
+    "persistence/worker.py",
+    "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
+    "            await asyncio.sleep(3)\n"
+    "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
 )
+"""More time between a record and Postgres."""
+SLOW = Edit(
+    "persistence/worker.py",
+    "        await self._outbox.mark_flushed(partition, records)\n",
+    "        await asyncio.sleep(2)\n        await self._outbox.mark_flushed(partition, records)\n",
+)
+"""More time between what Postgres has committed and what Redis knows of it."""
 
 
 @dataclass(frozen=True)
 class Control:
-    """A guard taken out by `edits`, the faults against which it stands, and the kinds of breach that then show.
-
-    `slowly` where the guard matters between a record and Postgres.
-    """
+    """A guard taken out by `edits`, the faults against which it stands, and the kinds of breach that then show."""
 
     edits: Sequence[Edit]
     faults: tuple[str, ...]
@@ -56,7 +51,7 @@ class Control:
     seconds: float = 10
     eviction: str = "volatile-lru"
     together: float = 0
-    slowly: bool = False
+    workers: int = 2
     work_ms: tuple[int, ...] = (0, 100, 300)
 
 
@@ -87,11 +82,12 @@ CONTROLS = {
                 "        if not records:\n            return 0, 0\n",
                 "        if not records:\n            return 0, 0\n"
                 "        await self._outbox.mark_flushed(partition, records)\n",
-            )
+            ),
+            LATE,
         ],
-        ("worker-killed", "postgres-killed"),
+        ("worker-killed",),
         {"lost"},
-        slowly=True,
+        workers=1,
     ),
     "no key is unique": Control(
         [
@@ -102,11 +98,11 @@ CONTROLS = {
             ),
             Edit("persistence/migrations/0001_tables.sql", "CREATE UNIQUE INDEX idx_messages", "CREATE INDEX idx_messages"),
             Edit("persistence/sql/insert_messages.sql", "    ON CONFLICT (id) DO NOTHING\n", ""),
+            SLOW,
         ],
         ("worker-killed",),
         {"doubled"},
-        seconds=15,
-        slowly=True,
+        workers=1,
     ),
     "the fence is ignored": Control(
         [
@@ -125,7 +121,7 @@ CONTROLS = {
         [
             Edit(
                 "persistence/scripts.py",
-                "            or reply[2] != nonce.encode()\n            or reply[1] != session_id.encode()\n",
+                "            and reply[2] == nonce.encode()\n            and reply[1] == session_id.encode()\n",
                 "",
             )
         ],
@@ -151,10 +147,11 @@ CONTROLS = {
                 "  redis.call('PERSIST', key)\nend\n\n-- The one rule",
                 "  redis.call('PEXPIRE', key, session.hot_ttl_s * 1000)\nend\n\n-- The one rule",
             ),
+            LATE,
         ],
         ("expiry-of-a-second",),
         {"out_of_order", "left_over", "lost"},
-        slowly=True,
+        workers=1,
     ),
     "what cannot be read is an empty session": Control(
         [
@@ -183,23 +180,19 @@ def tree(directory: Path, edits: Sequence[Edit]) -> Path:
     return directory
 
 
-def edits(control: Control) -> list[Edit]:
-    """What is changed for a control: what makes the moment longer, then what takes the guard out."""
-    return [*(SLOWLY if control.slowly else ()), *control.edits]
-
-
 def options(control: Control, source: Path) -> Options:
     return Options(
         seconds=control.seconds,
         faults=control.faults,
         visitors=16,
+        workers=control.workers,
         work_ms=control.work_ms,
         lease_s=2,
         source=source,
         eviction=control.eviction,
         together=control.together,
         patience_s=15,
-        drain_s=15,
+        drain_s=30,
     )
 
 
@@ -207,7 +200,7 @@ def options(control: Control, source: Path) -> Options:
 @pytest.mark.parametrize("name", CONTROLS)
 async def test_without_its_guard_the_chaos_is_red(name: str, tmp_path: Path) -> None:
     control = CONTROLS[name]
-    outcome = await run(options(control, tree(tmp_path / "source", edits(control))))
+    outcome = await run(options(control, tree(tmp_path / "source", control.edits)))
     assert set(outcome.verdict.breaches()) & control.kinds, report(outcome)
 
 
@@ -215,7 +208,7 @@ async def test_without_its_guard_the_chaos_is_red(name: str, tmp_path: Path) -> 
 async def test_with_every_guard_the_same_faults_break_nothing(tmp_path: Path) -> None:
     faults = tuple(dict.fromkeys(fault for control in CONTROLS.values() for fault in control.faults))
     control = Control([], faults, set(), seconds=60, together=0.2)
-    outcome = await run(options(control, tree(tmp_path / "source", SLOWLY)))
+    outcome = await run(options(control, tree(tmp_path / "source", [LATE, SLOW])))
     assert {window.names[0] for window in outcome.windows} >= set(faults)
     verdict = outcome.verdict
     verdict.slow = []
