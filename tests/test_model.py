@@ -448,7 +448,7 @@ class Machine(RuleBasedStateMachine):
         assert int(fields["message_count"]) == 2 * turns
 
     def _check_outbox(self, one: Expected, entries: list[tuple[bytes, dict[bytes, bytes]]], tokens: list[str]) -> None:
-        """What is on its way is what the model says: each fact once, each turn as it was said, revisions without a repeat."""
+        """What is on its way is what the model says: each fact and revision once, each turn as it was said."""
         records = [decode_record(entry, [part for pair in fields.items() for part in pair]) for entry, fields in entries]
         assert {f"{record.fact}@{record.entry}" for record in records} <= set(tokens)
         assert len({record.fact for record in records}) == len(records)
@@ -501,14 +501,14 @@ SETTINGS = settings(
 
 
 def test_the_layer_does_what_the_model_does_many_times_over() -> None:
-    run_state_machine_as_test(FakeMachine, settings=settings(SETTINGS, max_examples=60, stateful_step_count=25))
+    run_state_machine_as_test(FakeMachine, settings=settings(SETTINGS, max_examples=150, stateful_step_count=25))
 
 
 def test_the_layer_does_what_the_model_does_on_a_real_redis(redis_server: RedisServer) -> None:
     class RealMachine(Machine):
         url = redis_server.url
 
-    run_state_machine_as_test(RealMachine, settings=settings(SETTINGS, max_examples=20, stateful_step_count=25))
+    run_state_machine_as_test(RealMachine, settings=settings(SETTINGS, max_examples=40, stateful_step_count=25))
 
 
 class Forgetful(FakeScripts):
@@ -564,7 +564,7 @@ class Silent(Forgetful):
         FakeScripts.__init__(self, client)
         for name, text in list(self._texts.items()):
             broken = text.replace("redis.call('XADD', outbox_key, '*', unpack(record))", "'1-1'")
-            assert (broken != text) or name in ("command", "create_group") or "emit" not in text
+            assert broken != text
             self._change(name, broken)
 
 
@@ -575,7 +575,7 @@ class Doubling(Forgetful):
         FakeScripts.__init__(self, client)
         guard = "if session.turn ~= args.turn_id or session.turn_fence ~= args.fence then"
         stored = "redis.call('HGET', session_key, 't:' .. args.number) or '{}'"
-        again = f"if cjson.decode({stored}).id ~= args.turn_id and (session.turn ~= args.turn_id) then"
+        again = f"if cjson.decode({stored}).id ~= args.turn_id and session.turn ~= args.turn_id then"
         broken = self._texts["commit"].replace(guard, again)
         assert broken != self._texts["commit"]
         self._change("commit", broken)
