@@ -62,10 +62,14 @@ class Agent(msgspec.Struct, frozen=True):
     definition: AgentDefinition
 
 
+class _Stored(AgentDefinition, frozen=True, forbid_unknown_fields=False, kw_only=True):
+    """A definition as it is stored, perhaps by a later version: what is not known is passed over."""
+
+
 def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:
     """A definition from its stored JSON. Raises Damaged."""
     try:
-        return msgspec.json.decode(raw, type=AgentDefinition)
+        return AgentDefinition(**msgspec.structs.asdict(msgspec.json.decode(raw, type=_Stored)))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Damaged(where, "definition", str(error)) from error
 

@@ -41,6 +41,10 @@ class Damaged(PersistenceError):
         self.field = field
 
 
+class NewerFormat(Damaged):
+    """Something stored has a format that only a later version reads. It is left as it is, for that version."""
+
+
 class DataRefused(PersistenceError):
     """Postgres, or the driver before it, refuses the data itself: repeating the call cannot help.
 

@@ -67,6 +67,11 @@ class Outbox:
         )
         return Taken([(entry, fields) for entry, fields in reply[1]], reply[2])
 
+    async def leave(self, partition: int, entries: Sequence[bytes]) -> None:
+        """Leaves records that were taken to whichever worker claims next; this one goes on with what is behind them."""
+        outbox, ids = self._keys.outbox(partition), b" ".join(entries)
+        await self._scripts.run("leave", "", [outbox], {"group": GROUP, "entries": ids, "idle_ms": CLAIM_IDLE_MS})
+
     async def mark_flushed(self, partition: int, records: Sequence[Record]) -> int:
         """Notes that the records are in Postgres; how many were taken off the outbox by this call."""
         session_ids = list(dict.fromkeys(record.session.session_id for record in records))

@@ -1,7 +1,12 @@
 """What is stored: sessions, turns, messages, and the records that carry them to Postgres.
 
-The JSON of a turn (hash field `t:<n>`) and the fields of a record (outbox entry) are stored formats: a version reads
-what the one before it wrote. Timestamps are ISO-8601 UTC text with milliseconds, as operators read them.
+The session hash, the JSON of a turn (its field `t:<n>`), the fields of a record (outbox entry, dead letter), the log of a
+turn and an agent's definition are stored formats. A version reads what the one before it wrote, and passes over fields,
+members and kinds of events that it does not know: adding one, at the end and with a default for where it is missing, leaves
+`keys.FORMAT` as it is. FORMAT rises when something that is there changes its meaning or goes, or a fact, status, channel
+or role is added; then a version that reads both has to be everywhere before the one that writes the new. What is of a
+later format than this version's is refused and left as it is: NewerFormat. Timestamps are ISO-8601 UTC text with
+milliseconds, as operators read them.
 """
 
 import re
@@ -12,7 +17,8 @@ from uuid import UUID
 
 import msgspec
 
-from persistence.errors import Damaged
+from persistence.errors import Damaged, NewerFormat
+from persistence.keys import FORMAT
 
 Channel = Literal["text", "voice", "phone"]
 Role = Literal["user", "assistant", "system"]
@@ -156,6 +162,13 @@ def decode_turn(raw: bytes | None, where: str, field: str) -> Turn:
         raise Damaged(where, field, str(error)) from error
 
 
+def _check_format(text: str, where: str) -> None:
+    if text == str(FORMAT):
+        return
+    later = text.isascii() and text.isdigit() and len(text) < 10 and int(text) > FORMAT
+    raise (NewerFormat if later else Damaged)(where, "format", f"{text[:40]!r} is not a format this version reads")
+
+
 def decode_session(values: Sequence[bytes], where: str) -> Session:
     """A session from the values of HEADER. Raises Damaged, naming the field."""
     if len(values) != len(HEADER):
@@ -166,8 +179,7 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
         for field, value in zip(HEADER, values, strict=True):
             text[field] = value.decode()
         field = "format"
-        if text[field] != "1":
-            raise ValueError(f"{text[field]!r} is not a format this version reads")
+        _check_format(text[field], where)
         field = "minted"
         if text[field] not in ("0", "1"):
             raise ValueError(f"{text[field]!r} is neither 0 nor 1")
@@ -211,6 +223,8 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
     """A record from an outbox entry's id and its fields as [name, value, ...]. Raises Damaged."""
     where = f"outbox entry {entry.decode(errors='replace')}"
     by_name = dict(zip(fields[::2], fields[1::2], strict=False))
+    # Before all else: nothing is known of what a later format has to have.
+    _check_format(by_name.get(b"format", b"").decode(errors="replace"), where)
     for name in ("fact", "turn", *HEADER):
         if name.encode() not in by_name:
             raise Damaged(where, name, "is missing")

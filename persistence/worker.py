@@ -12,7 +12,7 @@ from time import monotonic
 import structlog
 
 from persistence.connection import gather_bounded
-from persistence.errors import Damaged, DataRefused, PersistenceError, PostgresUnavailable, RedisUnavailable
+from persistence.errors import Damaged, DataRefused, NewerFormat, PersistenceError, PostgresUnavailable, RedisUnavailable
 from persistence.housekeeping import Housekeeping
 from persistence.outbox import CLAIM_IDLE_MS, Outbox
 from persistence.postgres import Postgres
@@ -101,17 +101,25 @@ class Worker:
             return 0
         started = monotonic()
         records: list[Record] = []
+        newer: list[bytes] = []
         for entry, fields in taken.entries:
             try:
                 records.append(decode_record(entry, fields))
+            except NewerFormat:
+                newer.append(entry)
             except Damaged as error:
                 await self._bury(partition, entry, fields, str(error))
+        if newer:
+            await self._outbox.leave(partition, newer)
+            log.warning(
+                "outbox.newer_format", partition=partition, records=len(newer), remedy="run a worker of that version"
+            )
         flushed, refused = await self._flush_side_by_side(partition, records)
         log.info(
             "outbox.flushed",
             partition=partition,
             records=flushed,
-            refused=refused + len(taken.entries) - len(records),
+            refused=refused + len(taken.entries) - len(newer) - len(records),
             duration_ms=round((monotonic() - started) * 1000, 1),
         )
         return len(taken.entries)

@@ -17,7 +17,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from gateway.servers import RedisServer
 from persistence.connection import Client, connect
+from persistence.events import EventLogs
 from persistence.keys import Keys
+from persistence.outbox import DeadLetter
 from persistence.records import Record, Session, Turn, decode_record, iso
 from persistence.scripts import Scripts
 from persistence.sessions import Absent, Begun, Busy, Committed, Opened, Refused, Replay, Snapshot, TurnPolicy
@@ -91,6 +93,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.layer = self.run(self.start())
+        self.logs = EventLogs(self.layer.scripts, self.layer.keys)
         self.tables = Tables()
         self.expected = [Expected(new_id()), Expected(new_id())]
         self.taken: list[Record] = []
@@ -112,11 +115,6 @@ class Machine(RuleBasedStateMachine):
         """The outbox."""
         found: Any = await self.layer.client.xrange(self.layer.keys.outbox(0))
         return list(found)
-
-    async def put_aside(self) -> list[tuple[bytes, dict[bytes, bytes]]]:
-        """The dead letters, as (id on the outbox that they had, record)."""
-        found: Any = await self.layer.client.xrange(self.layer.keys.dead(0))
-        return [(record[b"entry"], record) for _, record in found]
 
     def run(self, work: Awaitable[Outcome]) -> Outcome:
         async def wrapped() -> Outcome:
@@ -259,6 +257,16 @@ class Machine(RuleBasedStateMachine):
         assert self.run(self.layer.sessions.reap(one.session_id)) is None
 
     @rule(which=WHICH)
+    def cancel(self, which: int) -> None:
+        """A visitor takes the message back; cancelling what does not run is harmless."""
+        one = self.expected[which]
+        if one.holder:
+            turn_id = one.holder[1].split("/")[0]
+            assert self.run(self.logs.cancel(one.session_id, turn_id, ACCESS)) is True
+            self._lose(one)
+        assert self.run(self.logs.cancel(one.session_id, "turn-0", ACCESS)) in (False, Refused("erased"))
+
+    @rule(which=WHICH)
     def time_out(self, which: int) -> None:
         self.run(self._time_out(self.expected[which]))
 
@@ -319,6 +327,28 @@ class Machine(RuleBasedStateMachine):
             self.run(self.layer.outbox.mark_flushed(0, records))
             self.taken = [record for record in self.taken if record not in records]
 
+    @rule(data=st.data(), again=st.booleans())
+    def dead_letter(self, data: st.DataObject, again: bool) -> None:
+        """Postgres refuses a record that was taken; whoever holds it says so, perhaps twice."""
+        refused = [record for record in self.taken if record.session.status != "erased"]
+        if not refused:
+            return
+        record = data.draw(st.sampled_from(refused))
+        for _ in range(1 + again):
+            where = (0, record.entry, record.session.session_id, record.fact, "refused")
+            self.run(self.layer.outbox.dead_letter(*where))
+        self.taken.remove(record)
+
+    @rule()
+    def retry_dead(self) -> None:
+        """The cause was removed: all dead letters are put back."""
+        for letter in self.run(self.dead_letters()):
+            assert self.run(self.layer.outbox.retry_dead(letter))
+            assert not self.run(self.layer.outbox.retry_dead(letter))
+
+    async def dead_letters(self) -> list[DeadLetter]:
+        return await self.layer.outbox.dead_letters()
+
     @rule()
     def flush_all(self) -> None:
         self.take()
@@ -328,19 +358,13 @@ class Machine(RuleBasedStateMachine):
             self.taken = []
             self.take()
 
-    @rule(data=st.data())
-    def refuse(self, data: st.DataObject) -> None:
-        """Postgres refuses a record: it is put aside."""
-        if self.taken:
-            record = data.draw(st.sampled_from(self.taken))
-            self.taken.remove(record)
-            self.run(self.layer.outbox.dead_letter(0, record.entry, record.session.session_id, record.fact, "a test"))
-
-    @rule()
-    def retry_dead(self) -> None:
-        for letter in self.run(self.layer.outbox.dead_letters()):
-            assert self.run(self.layer.outbox.retry_dead(letter))
-            assert not self.run(self.layer.outbox.retry_dead(letter))
+    @rule(which=WHICH)
+    def expire(self, which: int) -> None:
+        """The idle time is over."""
+        key = self.layer.keys.session(self.expected[which].session_id)
+        if self.run(self.layer.client.execute_command("PTTL", key)) > 0:
+            self.run(self.layer.client.execute_command("PEXPIREAT", key, 1))
+            assert not self.run(self.layer.client.execute_command("EXISTS", key))
 
     @rule(which=WHICH)
     def evict(self, which: int) -> None:
@@ -392,11 +416,9 @@ class Machine(RuleBasedStateMachine):
     async def _check(self, one: Expected) -> None:
         stored = self.tables.turns.get(one.id, {})
         fields = await self.layer.fields(one.session_id)
-        waiting = {
-            entry.decode()
-            for entry, record in await self.entries() + await self.put_aside()
-            if record[b"session_id"].decode() == one.session_id
-        }
+        mine = [entry for entry in await self.entries() if entry[1][b"session_id"].decode() == one.session_id]
+        dead = await self.dead_entries(one.session_id)
+        waiting = {entry.decode() for entry, _ in mine} | dead
         if not fields:
             assert not waiting, "records of a session that is not in Redis"
             assert one.holder is None, "a turn runs on a session that is not in Redis"
@@ -408,9 +430,9 @@ class Machine(RuleBasedStateMachine):
         assert fields["id"] == one.id
         assert fields["status"] == one.status
         tokens = fields["unflushed"].split()
-        assert {token.split("@")[1] for token in tokens} == waiting, (
-            "what is unflushed is what is on the outbox or put aside"
-        )
+        assert {token.split("@")[1] for token in tokens} == waiting, "what is unflushed is on the outbox, or dead"
+        assert len(fields.get("dead", "").split()) == len(dead)
+        self._check_outbox(one, mine, tokens)
         assert len(tokens) == len(waiting)
         settled = not waiting and not fields["turn"]
         assert await self.layer.has_ttl(one.session_id) == settled, "the one rule"
@@ -427,6 +449,23 @@ class Machine(RuleBasedStateMachine):
         assert [stored.get(number) for number in range(1, flushed + 1)] == one.turns[:flushed]
         assert [turn.seq for turn in hot] == [2 * number - 1 for number in range(first_hot, turns + 1)]
         assert int(fields["message_count"]) == 2 * turns
+
+    def _check_outbox(self, one: Expected, entries: list[tuple[bytes, dict[bytes, bytes]]], tokens: list[str]) -> None:
+        """What is on its way is what the model says: each fact and revision once, each turn as it was said."""
+        records = [decode_record(entry, [part for pair in fields.items() for part in pair]) for entry, fields in entries]
+        assert {f"{record.fact}@{record.entry}" for record in records} <= set(tokens)
+        assert len({record.fact for record in records}) == len(records)
+        assert len({record.session.revision for record in records}) == len(records)
+        for record in records:
+            assert record.session.id == one.id
+            if record.turn:
+                assert one.status != "erased"
+                assert record.turn == one.turns[int(record.fact.removeprefix("t:")) - 1]
+
+    async def dead_entries(self, session_id: str) -> set[str]:
+        """The ids that the dead letters of a session had on the outbox."""
+        found: Any = await self.layer.client.xrange(self.layer.keys.dead(0))
+        return {fields[b"entry"].decode() for _, fields in found if fields[b"session_id"].decode() == session_id}
 
 
 class FakeScripts(Scripts):
@@ -465,14 +504,14 @@ SETTINGS = settings(
 
 
 def test_the_layer_does_what_the_model_does_many_times_over() -> None:
-    run_state_machine_as_test(FakeMachine, settings=settings(SETTINGS, max_examples=60, stateful_step_count=25))
+    run_state_machine_as_test(FakeMachine, settings=settings(SETTINGS, max_examples=150, stateful_step_count=25))
 
 
 def test_the_layer_does_what_the_model_does_on_a_real_redis(redis_server: RedisServer) -> None:
     class RealMachine(Machine):
         url = redis_server.url
 
-    run_state_machine_as_test(RealMachine, settings=settings(SETTINGS, max_examples=20, stateful_step_count=25))
+    run_state_machine_as_test(RealMachine, settings=settings(SETTINGS, max_examples=40, stateful_step_count=25))
 
 
 class Forgetful(FakeScripts):
@@ -532,6 +571,30 @@ class Unfenced(Forgetful):
         self._change("commit", broken)
 
 
+class Silent(Forgetful):
+    """Control: changes the session and puts nothing on the outbox."""
+
+    def __init__(self, client: Client) -> None:
+        FakeScripts.__init__(self, client)
+        for name, text in list(self._texts.items()):
+            broken = text.replace("redis.call('XADD', outbox_key, '*', unpack(record))", "'1-1'")
+            assert broken != text
+            self._change(name, broken)
+
+
+class Doubling(Forgetful):
+    """Control: a commit that is repeated is committed again."""
+
+    def __init__(self, client: Client) -> None:
+        FakeScripts.__init__(self, client)
+        guard = "if session.turn ~= args.turn_id or session.turn_fence ~= args.fence then"
+        stored = "redis.call('HGET', session_key, 't:' .. args.number) or '{}'"
+        again = f"if cjson.decode({stored}).id ~= args.turn_id and session.turn ~= args.turn_id then"
+        broken = self._texts["commit"].replace(guard, again)
+        assert broken != self._texts["commit"]
+        self._change("commit", broken)
+
+
 def finds_fault(kind: type[Scripts]) -> bool:
     """Whether the machine notices that these scripts are broken."""
 
@@ -549,7 +612,7 @@ def finds_fault(kind: type[Scripts]) -> bool:
     return False
 
 
-@pytest.mark.parametrize("kind", [Forgetful, Impatient, Trusting, Miscounting, Unfenced])
+@pytest.mark.parametrize("kind", [Forgetful, Impatient, Trusting, Miscounting, Unfenced, Silent, Doubling])
 def test_the_model_notices_scripts_that_are_broken(kind: type[Scripts]) -> None:
     """Control: each guard taken out of the scripts, one at a time."""
     assert finds_fault(kind)

@@ -959,7 +959,7 @@ async def _twice_cancel(layer: Layer) -> Repeated:
 REPEATED: dict[str, Callable[[Layer], Awaitable[Repeated]]] = {
     name.removeprefix("_twice_"): prepare for name, prepare in globals().copy().items() if name.startswith("_twice_")
 }
-NOT_REPEATED = {"read", "follow", "take", "limit", "command"}
+NOT_REPEATED = {"read", "follow", "take", "limit", "command", "leave"}
 """Reads; the charge of an address, which a lost reply may double: it holds no visitor's words; and what only sets."""
 
 

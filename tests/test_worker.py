@@ -455,7 +455,7 @@ def nested(depth: int) -> str:
         {"turn": None},
         {"context": "[]"},
         {"context": nested(20_000)},
-        {"format": "2"},
+        {"format": "0"},
         {"status": "asleep"},
         {"channel": "fax"},
         {"id": "not a uuid"},
