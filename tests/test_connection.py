@@ -15,6 +15,7 @@ from persistence.connection import (
     RETRIES,
     Client,
     _check_version,
+    call,
     check_server,
     connect,
     default_partitions,
@@ -281,3 +282,26 @@ async def test_work_side_by_side_is_bounded_and_keeps_its_order() -> None:
 
     assert await gather_bounded((work(number) for number in range(100)), at_once=4) == list(range(100))
     assert most == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("unable to perform operation on <TCPTransport closed=True>; the handler is closed"),
+        AttributeError("'NoneType' object has no attribute 'writelines'"),
+    ],
+)
+async def test_a_connection_that_was_closed_under_a_call_is_an_unavailable_redis(error: Exception) -> None:
+    async def operation() -> None:
+        raise error
+
+    with pytest.raises(RedisUnavailable):
+        await call(operation)
+
+
+async def test_another_runtime_error_is_not_taken_for_an_unavailable_redis() -> None:
+    async def operation() -> None:
+        raise RuntimeError("a mistake")
+
+    with pytest.raises(RuntimeError, match="a mistake"):
+        await call(operation)

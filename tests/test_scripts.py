@@ -135,6 +135,8 @@ async def test_an_older_reply_about_the_same_session_fails_the_call_too(behind: 
         b"*3\r\n$4\r\nread\r\n$-1\r\n$-1\r\n",
         b"*2\r\n*1\r\n:1\r\n$1\r\nx\r\n",
         b"$7\r\ndamaged\r\n",
+        b"-ERR unknown subcommand 'SETINFO'. Try CLIENT HELP.\r\n",
+        b"-WRONGTYPE Operation against a key holding the wrong kind of value\r\n",
     ],
 )
 async def test_a_reply_of_another_command_fails_the_call(behind: Layer, proxy: Proxy, stray: bytes) -> None:

@@ -1,5 +1,6 @@
 """Liveness, readiness, metrics, the API's description, the widget."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from importlib.resources import files
@@ -61,8 +62,7 @@ class OpsApi:
 
     async def ready(self, request: Request) -> Response:
         """GET /readyz"""
-        redis = await _health(self._check_redis)
-        postgres = await _health(self._check_postgres)
+        redis, postgres = await asyncio.gather(_health(self._check_redis), _health(self._check_postgres))
         draining = self._is_draining()
         ready = redis == "ok" and not draining
         return answer(Readiness(ready, redis, postgres, draining), 200 if ready else 503)

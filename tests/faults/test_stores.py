@@ -22,7 +22,7 @@ from persistence.postgres import Postgres
 from persistence.worker import Worker
 from tests.conftest import TABLES, PutAgent
 from tests.support.links import Link
-from tests.support.pods import gateway_process
+from tests.support.pods import ServedPod, gated_pod, gateway_process
 from tests.support.serving import GatewayProcess, served, wait_for
 from tests.support.stored import Rows, another, check_tables, contents, fields_of, open_session, read, say, ttl_of
 
@@ -322,6 +322,73 @@ async def test_killed_and_started_again_redis_has_every_answered_turn(
         await wait_for(lambda: stored_once(rows, expected), "every answered turn arrives", 40)
     for session_id in sessions:
         assert (await read(stores, session_id)).session.turns == counts[session_id]
+
+
+async def answered_without_redis(
+    served_pod: ServedPod, redis_server: RedisServer, *, end: Callable[[], None]
+) -> httpx.Response:
+    """Has a turn end while Redis is away; what its visitor is told. Redis is back when the pod has tried in vain."""
+    tried = 0
+    commit, abort = served_pod.stores.sessions.commit, served_pod.stores.sessions.abort
+
+    def counted(operation: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def count(*arguments: Any, **named: Any) -> Any:
+            nonlocal tried
+            tried += 1
+            return await operation(*arguments, **named)
+
+        return count
+
+    served_pod.stores.sessions.commit = counted(commit)  # type: ignore[method-assign, assignment]
+    served_pod.stores.sessions.abort = counted(abort)  # type: ignore[method-assign]
+    asked = served_pod.send("Hello", SESSION_ID)
+    await served_pod.gated.has_started("Hello")
+    await asyncio.to_thread(redis_server.kill)
+    end()
+    await wait_for(lambda: tried >= 2, "the pod tries again")
+    await asyncio.to_thread(redis_server.start)
+    return await asked
+
+
+async def test_a_turn_that_ends_while_redis_is_away_is_committed_when_it_is_back(
+    settings: Settings, stores: Stores, put_agent: PutAgent, redis_server: RedisServer
+) -> None:
+    await put_agent("shop", graph="gated")
+    async with gated_pod(settings) as served_pod:
+        answer = await answered_without_redis(served_pod, redis_server, end=served_pod.gated.open)
+    assert (answer.status_code, answer.json()["response"]) == (200, "Answer to Hello")
+    assert (await read(stores, SESSION_ID)).session.turns == 1
+
+
+async def test_control_without_trying_again_its_answer_is_lost(
+    settings: Settings, stores: Stores, put_agent: PutAgent, redis_server: RedisServer
+) -> None:
+    await put_agent("shop", graph="gated")
+    async with gated_pod(settings) as served_pod:
+
+        def end() -> None:
+            served_pod.stores.sessions.lease_ms = 0
+            served_pod.gated.open()
+
+        answer = await answered_without_redis(served_pod, redis_server, end=end)
+    assert (answer.status_code, answer.json()["code"]) == (503, "redis_unavailable")
+    assert (await read(stores, SESSION_ID)).session.turns == 0
+
+
+async def test_a_turn_that_fails_while_redis_is_away_lets_its_session_go_when_it_is_back(
+    settings: Settings, stores: Stores, put_agent: PutAgent, redis_server: RedisServer
+) -> None:
+    await put_agent("shop", graph="gated")
+    # The lease alone would keep the session for longer than this test waits.
+    async with gated_pod(settings, lease_s=60) as served_pod:
+        served_pod.gated.failing.add("Hello")
+        answer = await answered_without_redis(served_pod, redis_server, end=served_pod.gated.open)
+        assert (answer.status_code, answer.json()["code"]) == (502, "graph_failed")
+
+        async def idle() -> bool:
+            return not (await read(stores, SESSION_ID)).running
+
+        await wait_for(idle, "the session is let go")
 
 
 def gone_on(visitors: list[asyncio.Task[None]], counts: dict[str, int], before: dict[str, int]) -> bool:
