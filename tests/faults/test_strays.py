@@ -144,8 +144,10 @@ async def test_whatever_request_meets_it_fails_with_503_and_the_next_one_works(
     assert all(socket.is_closing() for socket in sockets), "the connections were dropped"
     assert await foreign_replies(client) == 1
 
-    assert await transcript(client, session_id) == ["Hello", "You said: Hello"], "nothing has happened"
-    assert (await send(client, name, session_id)).status_code in (200, 204, 409)
+    # The request itself may have been carried out, its own reply unread. Repeating it is safe.
+    if name != "erase":
+        assert await transcript(client, session_id) == ["Hello", "You said: Hello"]
+    assert (await send(client, name, session_id)).status_code in (200, 204, 404 if name == "erase" else 409)
     assert await foreign_replies(client) == 1
 
 
