@@ -340,7 +340,7 @@ async def answered_without_redis(
         return count
 
     served_pod.stores.sessions.commit = counted(commit)  # type: ignore[method-assign, assignment]
-    served_pod.stores.sessions.abort = counted(abort)  # type: ignore[method-assign]
+    served_pod.stores.sessions.abort = counted(abort)  # type: ignore[method-assign, assignment]
     asked = served_pod.send("Hello", SESSION_ID)
     await served_pod.gated.has_started("Hello")
     await asyncio.to_thread(redis_server.kill)
