@@ -327,7 +327,8 @@ class Turns:
     async def _create(self, turn: "_Running", ticket: int) -> None:
         """Creates the session that its first message names; a stale ticket leaves it to the next begin."""
         definition, request = turn.agent.definition, turn.request
-        if definition.require_token:
+        # A token is given out for a session that is there: one that is not has been erased since, and stays so.
+        if definition.require_token or request.authorized:
             raise SessionNotFound
         new = NewSession(
             id=str(uuid7()),

@@ -84,6 +84,21 @@ async def test_an_erased_session_is_nowhere(
     assert not await stores.client.exists(stores.keys.session(SESSION_ID))
 
 
+async def test_a_late_message_does_not_bring_an_erased_session_back(
+    client: httpx.AsyncClient, put_agent: PutAgent, flush: Flush, rows: Rows
+) -> None:
+    await put_agent("shop")
+    opened = (await client.post("/api/sessions", json={"agent_id": "shop"})).json()
+    headers = {"Authorization": f"Bearer {opened['session_token']}"}
+    body = {"message": WORDS, "session_id": opened["session_id"], "message_id": "m1"}
+    assert (await client.post("/api/chat/shop/message", json=body, headers=headers)).status_code == 200
+    assert (await client.delete(f"/api/sessions/{opened['session_id']}", headers=headers)).status_code == 204
+    await flush()
+    problem(await client.post("/api/chat/shop/message", json=body, headers=headers), 404, "session_not_found")
+    await flush()
+    assert await rows("SELECT * FROM agent_sessions") == []
+
+
 async def everything_in_redis(stores: Stores) -> str:
     """All values of all keys, as one text."""
     found: list[object] = []
