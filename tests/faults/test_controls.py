@@ -204,11 +204,10 @@ async def test_without_its_guard_the_chaos_is_red(name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.timeout(180)
-async def test_with_every_guard_the_same_faults_break_nothing(tmp_path: Path) -> None:
-    faults = tuple(dict.fromkeys(fault for control in CONTROLS.values() for fault in control.faults))
-    control = Control([], faults, set(), seconds=60)
-    outcome = await run(options(control, tree(tmp_path / "source", [LATE, SLOW])))
-    assert {window.names[0] for window in outcome.windows} >= set(faults)
-    verdict = outcome.verdict
-    verdict.slow = []
-    assert not verdict.breaches(), report(outcome)
+async def test_with_every_guard_what_only_makes_moments_longer_breaks_nothing(tmp_path: Path) -> None:
+    slowed = [control for control in CONTROLS.values() if {LATE, SLOW} & set(control.edits)]
+    faults = tuple(dict.fromkeys(fault for control in slowed for fault in control.faults))
+    control = Control([LATE, SLOW], faults, set(), seconds=25)
+    outcome = await run(options(control, tree(tmp_path / "source", control.edits)))
+    assert {window.names[0] for window in outcome.windows} == set(faults)
+    assert not outcome.verdict.breaches(), report(outcome)
