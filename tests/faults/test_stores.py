@@ -551,6 +551,9 @@ async def test_workers_killed_in_mid_flush_lose_and_double_nothing(
 
 
 async def held_by(stores: Stores) -> dict[str, int]:
+    if not await stores.client.xinfo_groups(stores.keys.outbox(0)):
+        # The group is made by whoever takes first.
+        return {}
     consumers = await stores.client.xinfo_consumers(stores.keys.outbox(0), "flush")
     return {consumer["name"].decode(): consumer["pending"] for consumer in consumers}
 
