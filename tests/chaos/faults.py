@@ -231,6 +231,9 @@ async def field_damaged(harm: Harm) -> None:
         await asyncio.sleep(1)
         if await client.exists(key):
             await client.hset(key, "turns", was)
+        # The last answers about it come in; whatever says so later is a breach.
+        await asyncio.sleep(1)
+        conversation.damaged = False
         return
 
 
@@ -300,11 +303,14 @@ def go_together(one: str, other: str) -> bool:
     return not {one, other} & APART and one != other and (one not in _STORES or _STORES[one] != _STORES.get(other))
 
 
-async def inject(names: tuple[str, ...], site: Site, visitors: Visitors, ledger: Ledger, chance: Random) -> Window:
-    """Injects faults at once, waits until all is calm, and tells when that was."""
+async def inject(names: tuple[str, ...], site: Site, visitors: Visitors, ledger: Ledger, seed: str) -> Window:
+    """Injects faults at once, waits until all is calm, and tells when that was.
+
+    Each draws from a source of its own: how often one has to look for its moment changes nothing of the others.
+    """
     window = Window(names, monotonic())
-    harm = Harm(site, visitors, ledger, chance, window)
-    await asyncio.gather(*(FAULTS[name](harm) for name in names))
+    harms = {name: Harm(site, visitors, ledger, Random(f"{name} of {seed}"), window) for name in names}
+    await asyncio.gather(*(FAULTS[name](harm) for name, harm in harms.items()))
     window.mended_at = monotonic()
     await site.healthy()
     # Whoever was refused asks again and is answered before the next fault comes.

@@ -51,12 +51,12 @@ async def run(options: Options, say: Callable[[str], None] = lambda text: None) 
 
 
 async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outcome:
-    ledger, windows = Ledger(), []
+    ledger = Ledger()
+    windows: list[Window] = []
     visitors = Visitors(site, ledger)
     began_at = monotonic()
     visitors.start()
-    chance = Random(f"faults of seed {options.seed}")
-    schedule = _schedule(options, chance)
+    schedule = _schedule(options, Random(f"schedule of seed {options.seed}"))
     await asyncio.sleep(QUIET_S)
     while (left_s := options.seconds - (monotonic() - began_at)) > 3:
         # A fault that would outlast the run is passed over; when that is so for all, the run is over.
@@ -64,7 +64,7 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
         if names is None:
             break
         say(f"{monotonic() - began_at:6.1f} s  {' and '.join(names)}")
-        windows.append(await inject(names, site, visitors, ledger, chance))
+        windows.append(await inject(names, site, visitors, ledger, f"fault {len(windows)} of seed {options.seed}"))
     await asyncio.sleep(max(0, options.seconds - (monotonic() - began_at)))
     say(f"{monotonic() - began_at:6.1f} s  visitors finish what they are at")
     await visitors.stop()

@@ -115,11 +115,19 @@ class Site:
             process.kill()
 
     async def put_agent(self, name: str, hot_ttl_s: int) -> None:
-        """Makes an agent, or changes how long its sessions stay in Redis."""
+        """Makes an agent, or changes how long its sessions stay in Redis; asks until it is done, for a store may be away."""
         body = {"graph": "recall", "rate_limit": None, "hot_ttl_s": hot_ttl_s, "if_busy": "queue"}
-        pod = self.pods[self.up.index(True) if any(self.up) else 0]
-        answer = await self.http.put(f"{pod.url}/api/agents/{name}", json=body, headers=ADMIN)
-        assert answer.status_code in (200, 201), answer.text
+
+        async def put() -> bool:
+            pod = self.pods[self.up.index(True) if any(self.up) else 0]
+            try:
+                answer = await self.http.put(f"{pod.url}/api/agents/{name}", json=body, headers=ADMIN)
+            except httpx.HTTPError:
+                return False
+            assert answer.status_code in (200, 201, 503), answer.text
+            return answer.is_success
+
+        await wait_for(put, f"the agent {name} is stored", 180)
 
     async def _watch(self) -> None:
         """Looks at /readyz as a balancer does: twice a second, down after one that fails or takes over a second."""
