@@ -48,7 +48,8 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     )
     yield (
         f"{requests} requests, {ledger.cancelled} cut off by the visitor, "
-        f"{ledger.resumed} streams resumed; {outcome.foreign_replies} replies of Redis found not to belong to their call"
+        f"{ledger.resumed} streams resumed, {ledger.repeated} answers asked for again; "
+        f"{outcome.foreign_replies} replies of Redis found not to belong to their call"
     )
     yield f"drained in {outcome.drain_s:.1f} s"
     yield ""

@@ -70,6 +70,13 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     await visitors.stop()
     seconds = monotonic() - began_at
     drained, drain_s = await _drain(site, options.drain_s)
+    await visitors.look_again()
+    await visitors.close()
+    # Nobody writes any more while both stores are compared.
+    for processes in (site.pods, site.workers):
+        for status in await asyncio.gather(*(site.stop(process) for process in processes)):
+            if status != 0:
+                ledger.unexpected.append(f"a process that was told to stop ended with {status}")
     say(f"{monotonic() - began_at:6.1f} s  {'drained' if drained else 'NOT drained'}; reading both stores")
     foreign_replies = site.logged("redis.foreign_reply")
     verdict = await check(site, ledger, drained=drained)
