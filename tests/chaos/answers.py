@@ -73,8 +73,8 @@ class Answers:
         where = f"{conversation.session_id} message {message.number}"
         if body["response"] != message.answer:
             self._ledger.unexpected.append(f"{where} was answered twice, with different texts")
-        elif not body["metadata"]["replayed"]:
-            self._ledger.doubled.append(f"{where} was answered, and answered anew when it was sent again")
+        elif body["metadata"]["turn_id"] != message.turn_id:
+            self._ledger.doubled.append(f"{where} was answered, and answered by another turn when it was sent again")
 
     def check_transcript(self, conversation: Conversation, messages: list[dict[str, Any]]) -> None:
         """Whether a transcript has all that has been answered, in order and once, with the same texts. When the session has

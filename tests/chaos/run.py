@@ -14,9 +14,10 @@ from tests.chaos.faults import FAULTS, Window, go_together, inject, lasts_s
 from tests.chaos.ledger import Ledger
 from tests.chaos.options import Options
 from tests.chaos.site import Site
-from tests.chaos.unavailability import Seen, limits_broken, seen
+from tests.chaos.unavailability import Seen, limits_broken, seen, turned_away_in_peace
 from tests.chaos.verdict import Verdict, check
 from tests.chaos.visitors import Visitors
+from tests.chaos.watch import watch_redis
 
 QUIET_S = 2.0
 """How long visitors talk before the first fault: one that finds nobody there harms nobody."""
@@ -56,6 +57,7 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     visitors = Visitors(site, ledger)
     began_at = monotonic()
     visitors.start()
+    watching = asyncio.create_task(watch_redis(site, ledger))
     schedule = _schedule(options, Random(f"schedule of seed {options.seed}"))
     await asyncio.sleep(QUIET_S)
     while (left_s := options.seconds - (monotonic() - began_at)) > 3:
@@ -72,6 +74,7 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     drained, drain_s = await _drain(site, options.drain_s)
     await visitors.look_again()
     await visitors.close()
+    watching.cancel()
     # Nobody writes any more while both stores are compared.
     for processes in (site.pods, site.workers):
         for status in await asyncio.gather(*(site.stop(process) for process in processes)):
@@ -81,7 +84,7 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     foreign_replies = site.logged("redis.foreign_reply")
     verdict = await check(site, ledger, drained=drained)
     found = seen(windows, ledger)
-    verdict.slow = limits_broken(found, options.lease_s)
+    verdict.slow = limits_broken(found, options.lease_s) + turned_away_in_peace(windows, ledger)
     return Outcome(options, ledger, windows, found, verdict, foreign_replies, seconds, drain_s)
 
 

@@ -19,7 +19,7 @@ SESSIONS = (
     " conversation_history::text AS history, agent_sessions::text AS whole FROM agent_sessions"
 )
 MESSAGES = (
-    "SELECT session_id, role, content, turn, seq, message_id, agent_messages::text AS whole"
+    "SELECT session_id, role, content, turn, turn_id::text, seq, message_id, agent_messages::text AS whole"
     " FROM agent_messages ORDER BY session_id, seq"
 )
 
@@ -47,6 +47,7 @@ async def check(site: Site, ledger: Ledger, *, drained: bool) -> Verdict:
         doubled=list(ledger.doubled),
         foreign=list(ledger.foreign),
         out_of_order=list(ledger.out_of_order),
+        left_over=list(ledger.left_over),
         unexpected=list(ledger.unexpected),
     )
     connection = await asyncpg.connect(site.postgres.url)
@@ -78,6 +79,7 @@ def _check_conversation(
         _look_for_foreign(verdict, conversation, session, rows)
     questions = [row for row in rows if row["role"] == "user"]
     numbers = [int(row["content"].split()[1]) for row in questions]
+    turn_ids = {number: row["turn_id"] for number, row in zip(numbers, questions, strict=True)}
     if conversation.erased:
         # What was still on its way then may have opened it anew; nothing else may be in it.
         if (session is not None and not conversation.doubtful()) or set(numbers) - conversation.doubtful():
@@ -101,8 +103,10 @@ def _check_conversation(
     for message in conversation.answered():
         if message.number not in texts:
             verdict.lost.append(f"{where} message {message.number} was answered and is not in Postgres")
-        elif texts[message.number] != message.answer:
-            verdict.lost.append(f"{where} message {message.number} was answered with another text than Postgres has")
+        elif (texts[message.number], turn_ids[message.number]) != (message.answer, message.turn_id):
+            verdict.lost.append(
+                f"{where} message {message.number} has another text, or another turn, in Postgres than was answered"
+            )
     answered = [message.number for message in conversation.answered()]
     if [number for number in numbers if number in answered] != answered and set(answered) <= set(numbers):
         verdict.out_of_order.append(f"{where}: answered {answered}, stored {numbers}")

@@ -97,13 +97,15 @@ class Visitors:
             message = Message(number, text, work_ms / 1000, monotonic())
             conversation.messages.append(message)
             await self._insist(conversation, message, chance)
-            if chance.random() < 0.2:
+            if message.answer is not None and chance.random() < 0.2:
                 await self._read_transcript(conversation, chance)
             if chance.random() < 0.1:
                 await self._repeat(conversation, chance)
             # Longer than sessions of the agent `brief` stay in Redis, now and then.
             pause_s = 2.5 if conversation.agent == "brief" and chance.random() < 0.2 else chance.uniform(0, 0.4)
-            await self._pause(pause_s)
+            # Who has given a message up comes at once with the next: until that is answered the session is unavailable.
+            if message.answer is not None:
+                await self._pause(pause_s)
         draw = chance.random()
         if draw < 0.25:
             conversation.ended = await self._close(conversation, "POST", "/end", chance)
@@ -212,7 +214,7 @@ class Visitors:
                     await asyncio.sleep(chance.uniform(0.05, 0.3))
                     continue
                 message.answered_at = monotonic()
-                message.answer = body["response"]
+                message.answer, message.turn_id = body["response"], body["metadata"]["turn_id"]
                 self._answers.check(conversation, message, body)
                 return
         finally:
