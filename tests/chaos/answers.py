@@ -7,11 +7,10 @@ from tests.chaos.graphs.recall import SECRET
 from tests.chaos.ledger import Conversation, Ledger, Message
 from tests.support.sse import TERMINAL, Event, text_of
 
-REFUSALS = frozenset(("backlog_full", "queue_full", "turn_in_progress", "session_ended"))
+REFUSALS = frozenset(("queue_full", "turn_in_progress", "session_ended"))
 """Codes that say that the message was not answered, and will not be."""
 PASSING = frozenset(
     (
-        "backlog_full",
         "queue_full",
         "turn_in_progress",
         "redis_unavailable",
@@ -22,7 +21,8 @@ PASSING = frozenset(
         "turn_timeout",
     )
 )
-"""Codes that a fault may cause; others are a breach. That something is not there is none of them: it is away or damaged."""
+"""Codes that a fault may cause; others are a breach. `session_not_found` is none of them, for a session that cannot be
+reached is not absent; nor is `backlog_full`, for no run comes near the bound."""
 
 
 class Answers:

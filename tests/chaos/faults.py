@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from time import monotonic
+from typing import Any
+
+from redis.asyncio import Redis
 
 from persistence.outbox import CLAIM_IDLE_MS
 from tests.chaos.ledger import Ledger
@@ -190,10 +193,19 @@ async def _full(harm: Harm, policy: str) -> None:
     client = harm.site.client
     await client.config_set("maxmemory-policy", policy)
     memory = await client.info("memory")
+    before = await _turned_out(client)
     await client.config_set("maxmemory", int(memory["used_memory"] * 0.97))
     await harm.wait(3, 5)
+    if await _turned_out(client) == before:
+        harm.ledger.unexpected.append(f"Redis was not full: with {policy} it has evicted and refused nothing")
     await client.config_set("maxmemory", 0)
     await client.config_set("maxmemory-policy", harm.site.eviction)
+
+
+async def _turned_out(client: Redis) -> int:
+    """How many keys Redis has evicted and how many commands it has refused for want of memory."""
+    stats: Any = await client.info("everything")
+    return int(stats["evicted_keys"]) + int(stats.get("errorstat_OOM", {}).get("count", 0))
 
 
 async def expiry_of_a_second(harm: Harm) -> None:

@@ -51,6 +51,7 @@ def _lines(outcome: Outcome) -> Iterator[str]:
         f"{ledger.resumed} streams resumed, {ledger.repeated} answers asked for again; "
         f"{outcome.foreign_replies} replies of Redis found not to belong to their call"
     )
+    yield f"{outcome.restarts} processes ended by themselves while they started, and were started again"
     yield f"drained in {outcome.drain_s:.1f} s; {ledger.looks} looks at the TTLs and the counter of the outbox on the way"
     yield ""
     for name, found in vars(outcome.verdict).items():

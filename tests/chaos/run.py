@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Outcome:
     seen: list[Seen]
     verdict: Verdict
     foreign_replies: int
+    restarts: int
     seconds: float
     drain_s: float
 
@@ -78,14 +80,18 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     # Nobody writes any more while both stores are compared.
     for processes in (site.pods, site.workers):
         for status in await asyncio.gather(*(site.stop(process) for process in processes)):
-            if status != 0:
+            # One that was started a moment ago may not listen to signals yet.
+            if status not in (0, -signal.SIGTERM):
                 ledger.unexpected.append(f"a process that was told to stop ended with {status}")
     say(f"{monotonic() - began_at:6.1f} s  {'drained' if drained else 'NOT drained'}; reading both stores")
     foreign_replies = site.logged("redis.foreign_reply")
+    ledger.unexpected += site.deaths
+    if not foreign_replies and any("replies-planted" in window.names for window in windows):
+        ledger.unexpected.append("nobody noticed the planted replies")
     verdict = await check(site, ledger, drained=drained)
     found = seen(windows, ledger)
     verdict.slow = limits_broken(found, options.lease_s) + turned_away_in_peace(windows, ledger)
-    return Outcome(options, ledger, windows, found, verdict, foreign_replies, seconds, drain_s)
+    return Outcome(options, ledger, windows, found, verdict, foreign_replies, site.restarts, seconds, drain_s)
 
 
 def _schedule(options: Options, chance: Random) -> Iterator[tuple[str, ...]]:
