@@ -308,11 +308,11 @@ async def test_work_side_by_side_that_is_cancelled_leaves_nothing_behind() -> No
         begun.set()
         await asyncio.Event().wait()
 
-    task = asyncio.create_task(gather_bounded((work() for _ in range(5)), at_once=1))
+    working = asyncio.ensure_future(gather_bounded((work() for _ in range(5)), at_once=1))
     await begun.wait()
-    task.cancel()
-    await asyncio.wait({task})
-    assert task.cancelled()
+    working.cancel()
+    await asyncio.wait({working})
+    assert working.cancelled()
     gc.collect()
 
 
