@@ -308,7 +308,7 @@ async def test_work_side_by_side_that_is_cancelled_leaves_nothing_behind() -> No
         begun.set()
         await asyncio.Event().wait()
 
-    working = asyncio.ensure_future(gather_bounded((work() for _ in range(5)), at_once=1))
+    working = asyncio.ensure_future(gather_bounded((work() for _ in range(5)), at_once=1))  # noqa: RUF006
     await begun.wait()
     working.cancel()
     await asyncio.wait({working})

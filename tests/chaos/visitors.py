@@ -97,6 +97,8 @@ class Visitors:
             message = Message(number, text, work_ms / 1000, monotonic())
             conversation.messages.append(message)
             await self._insist(conversation, message, chance)
+            if not conversation.known():
+                return
             if message.answer is not None and chance.random() < 0.2:
                 await self._read_transcript(conversation, chance)
             if chance.random() < 0.1:
@@ -209,7 +211,10 @@ class Visitors:
                 except Unanswered as error:
                     message.failures.append((monotonic(), error.code, message.pod))
                     message.doubtful |= error.code not in REFUSALS
-                    if error.code == "session_ended" or (chance.random() < 0.05 and not self._stopping.is_set()):
+                    gives_up = chance.random() < 0.05 and not self._stopping.is_set()
+                    # Whether Postgres has a session of this id cannot be known now: the visitor tries with another one.
+                    unopened = error.code == "postgres_unavailable" and not conversation.known()
+                    if error.code == "session_ended" or unopened or gives_up:
                         return
                     await asyncio.sleep(chance.uniform(0.05, 0.3))
                     continue
