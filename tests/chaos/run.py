@@ -77,12 +77,7 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     await visitors.look_again()
     await visitors.close()
     watching.cancel()
-    # Nobody writes any more while both stores are compared.
-    for processes in (site.pods, site.workers):
-        for status in await asyncio.gather(*(site.stop(process) for process in processes)):
-            # One that was started a moment ago may not listen to signals yet.
-            if status not in (0, -signal.SIGTERM):
-                ledger.unexpected.append(f"a process that was told to stop ended with {status}")
+    await _stop(site, ledger, drained)
     say(f"{monotonic() - began_at:6.1f} s  {'drained' if drained else 'NOT drained'}; reading both stores")
     foreign_replies = site.logged("redis.foreign_reply")
     ledger.unexpected += site.deaths
@@ -103,6 +98,20 @@ def _schedule(options: Options, chance: Random) -> Iterator[tuple[str, ...]]:
             partner = order[index - 1]
             together = chance.random() < options.together and go_together(name, partner)
             yield (name, partner) if together else (name,)
+
+
+async def _stop(site: Site, ledger: Ledger, drained: bool) -> None:
+    """Ends all pods and workers: nobody writes any more while both stores are compared."""
+    for processes in (site.pods, site.workers):
+        if not drained:
+            # They would try for long to store what they have not been able to.
+            for process in processes:
+                site.kill(process)
+            continue
+        for status in await asyncio.gather(*(site.stop(process) for process in processes)):
+            # One that was started a moment ago may not listen to signals yet.
+            if status not in (0, -signal.SIGTERM):
+                ledger.unexpected.append(f"a process that was told to stop ended with {status}")
 
 
 async def _drain(site: Site, limit_s: float) -> tuple[bool, float]:

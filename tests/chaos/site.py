@@ -3,6 +3,7 @@
 import asyncio
 import json
 import signal
+import subprocess
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -173,11 +174,15 @@ class Site:
         self._note_down(process)
 
     async def stop(self, process: GatewayProcess) -> int:
-        """SIGTERM, and waits for the end; the exit status. It stays down until it is revived."""
+        """SIGTERM, after a minute SIGKILL; the exit status. It stays down until it is revived."""
         self._wanted.discard(process)
         process.signal(signal.SIGTERM)
         self._note_down(process)
-        return await asyncio.to_thread(process.process.wait, 60)
+        try:
+            return await asyncio.to_thread(process.process.wait, 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.process.returncode
 
     def _note_down(self, process: GatewayProcess) -> None:
         if process in self.pods:
