@@ -56,9 +56,6 @@ def seen(windows: Sequence[Window], ledger: Ledger) -> list[Seen]:
 
 def turned_away_in_peace(windows: Sequence[Window], ledger: Ledger) -> list[str]:
     """Requests that were not answered although no fault was on."""
-    if any("replies-swallowed" in window.names for window in windows):
-        # A connection that fell silent may lie in a pool for long, and fail whoever takes it next.
-        return []
     return [
         f"{conversation.session_id} message {wait[0].number}: {wait[0].failures} while no fault was on"
         for conversation in ledger.conversations
