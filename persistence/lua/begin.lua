@@ -24,10 +24,8 @@ local function reply(word, ...) return {word, args.session_id, args.nonce, ...} 
 
 local session = load(session_key)
 if not session then return absent(fence_key, ticket_key, args) end
-local broken = damage(session)
-if broken then return reply('damaged', broken) end
-local refused = refusal(session, args)
-if refused then return reply(refused) end
+local barred = bar(session, args)
+if barred then return barred end
 
 local now = now_ms()
 local turns, first_hot = tonumber(session.turns), tonumber(session.first_hot)

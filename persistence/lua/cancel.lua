@@ -16,10 +16,8 @@ local function reply(word, ...) return {word, args.session_id, args.nonce, ...} 
 
 local session = load(session_key)
 if not session then return reply('lost') end
-local broken = damage(session)
-if broken then return reply('damaged', broken) end
-local refused = refusal(session, args)
-if refused then return reply(refused) end
+local barred = bar(session, args)
+if barred then return barred end
 if session.turn ~= args.turn_id then return reply('lost') end
 end_log(logs_key, events_key, session.turn_fence, '["turn.cancelled",{}]', args)
 release(session_key, running_key, session)

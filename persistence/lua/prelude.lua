@@ -124,6 +124,15 @@ local function refusal(session, args)
   return nil
 end
 
+-- The reply to a caller who gets nothing of this session, because it is damaged or not the caller's; else nil.
+local function bar(session, args)
+  local broken = damage(session)
+  if broken then return {'damaged', args.session_id, args.nonce, broken} end
+  local refused = refusal(session, args)
+  if refused then return {refused, args.session_id, args.nonce} end
+  return nil
+end
+
 -- The reply for a session that is not in Redis: a ticket to install what Postgres has of it. All who ask while it is absent
 -- share one, for Postgres learns nothing new about it meanwhile; whoever installs or creates it uses the ticket up, and
 -- nothing that was read before can be installed afterwards.
