@@ -27,6 +27,7 @@ from gateway.api.ops import OpsApi
 from gateway.api.rendering import on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
+from gateway.api.widget import WidgetApi
 from gateway.auth import SessionTokens
 from gateway.limits import AddressLimiter
 from gateway.metrics import Metrics
@@ -165,6 +166,7 @@ class Pod:
                 stores.scripts,
                 self.metrics,
             ),
+            WidgetApi(),
         )
         document = msgspec.json.encode(openapi_document(table, __version__))
 

@@ -88,7 +88,7 @@ async def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None
 
 async def test_every_schema_is_used(document: dict[str, Any]) -> None:
     used = {reference.rpartition("/")[2] for reference in references(document)}
-    queries = {"MessagesQuery", "ListQuery", "StatisticsQuery", "StreamQuery"}
+    queries = {"AvailabilityQuery", "MessagesQuery", "ListQuery", "StatisticsQuery", "StreamQuery"}
     assert set(document["components"]["schemas"]) - used <= queries
 
 
@@ -181,6 +181,10 @@ async def test_every_call_answers_as_it_is_described(
         ("GET", "/readyz", {}, None),
         ("GET", "/metrics", {}, None),
         ("GET", "/widget.js", {}, None),
+        ("GET", "/widget/{version}/{file}", {"version": "older", "file": "panel.js"}, None),
+        ("GET", "/widget/{version}/{file}", {"version": "older", "file": "nothing.js"}, None),
+        ("GET", "/api/chat/{agent_id}", {"agent_id": "shop"}, None),
+        ("GET", "/api/chat/{agent_id}", {"agent_id": "nobody"}, None),
     ]
     wrong = []
     for method, path, values, body in calls:

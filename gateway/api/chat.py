@@ -69,6 +69,19 @@ class CancelAnswer(msgspec.Struct):
     turn_id: str
 
 
+class AvailabilityQuery(msgspec.Struct, forbid_unknown_fields=True):
+    """The website that asks, for requests without an Origin header: those from the gateway's own pages."""
+
+    website_domain: Annotated[str, msgspec.Meta(max_length=255)] = ""
+
+
+class Availability(msgspec.Struct):
+    """The agent answers on this website."""
+
+    agent_id: str
+    channels: list[Channel]
+
+
 class ChatApi:
     """Answers messages. `max_message_chars` bounds a message."""
 
@@ -129,6 +142,17 @@ class ChatApi:
         if not hot.running or await self._logs.cancel(body.session_id, hot.running, access) is not True:
             raise NoTurnRunning
         return answer(CancelAnswer(hot.running), 202)
+
+    async def available(self, request: Request) -> Response:
+        """GET /api/chat/{agent_id}: what a widget asks before it shows itself."""
+        query = read_query(request, AvailabilityQuery)
+        agent = await self._agents.load(request.path_params["agent_id"])
+        if not agent.definition.active:
+            raise AgentInactive
+        self._gatekeeper.require_domain(Caller(request, {"website_domain": query.website_domain}), agent)
+        # Each page view asks: a browser need not do so more than once in five minutes.
+        headers = {"Cache-Control": "private, max-age=300", "Vary": "Origin"}
+        return answer(Availability(agent.id, list(agent.definition.channels)), headers=headers)
 
     async def _access(self, request: Request, session_id: str) -> Access:
         agent = await self._agents.load(request.path_params["agent_id"])

@@ -1,9 +1,7 @@
-"""Liveness, readiness, metrics, the API's description, the widget."""
+"""Liveness, readiness, metrics."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from hashlib import sha256
-from importlib.resources import files
 from time import time
 from typing import Any, Literal
 
@@ -53,8 +51,6 @@ class OpsApi:
         self._outbox = outbox
         self._scripts = scripts
         self._metrics = metrics
-        self._widget = (files("gateway") / "widget" / "widget.js").read_bytes()
-        self._widget_tag = f'"{sha256(self._widget).hexdigest()[:16]}"'
 
     async def alive(self, request: Request) -> Response:
         """GET /healthz"""
@@ -76,13 +72,6 @@ class OpsApi:
         self._metrics.dead_letters.set(backlog.dead)
         self._metrics.foreign_replies.set(self._scripts.foreign_replies)
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    async def widget(self, request: Request) -> Response:
-        """GET /widget.js"""
-        headers = {"ETag": self._widget_tag, "Cache-Control": "public, max-age=300", "X-Content-Type-Options": "nosniff"}
-        if request.headers.get("if-none-match") == self._widget_tag:
-            return Response(status_code=304, headers=headers)
-        return Response(self._widget, headers=headers, media_type="text/javascript")
 
 
 async def _health(check: Callable[[], Awaitable[Any]]) -> Health:

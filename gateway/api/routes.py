@@ -9,7 +9,16 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from gateway.api.agents import AgentAnswer, AgentList, AgentsApi
-from gateway.api.chat import CancelAnswer, CancelBody, ChatApi, MessageAnswer, MessageBody, StreamQuery
+from gateway.api.chat import (
+    Availability,
+    AvailabilityQuery,
+    CancelAnswer,
+    CancelBody,
+    ChatApi,
+    MessageAnswer,
+    MessageBody,
+    StreamQuery,
+)
 from gateway.api.ops import Alive, OpsApi, Readiness
 from gateway.api.sessions import (
     ListAnswer,
@@ -23,6 +32,7 @@ from gateway.api.sessions import (
     StatisticsAnswer,
     StatisticsQuery,
 )
+from gateway.api.widget import WidgetApi
 from persistence.agents import AgentDefinition
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -43,7 +53,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     guard: Guard = "none"
 
 
-def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsApi) -> list[Endpoint]:
+def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsApi, widget: WidgetApi) -> list[Endpoint]:
     """Every endpoint, the more particular path before the more general."""
     body = (400, 413, 415, 422)
     session = (401, 404, 500, 503)
@@ -87,6 +97,15 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             (*body, *session, 409),
             body=CancelBody,
             guard="session",
+        ),
+        Endpoint(
+            "GET",
+            "/api/chat/{agent_id}",
+            chat.available,
+            "Whether a website may use an agent",
+            {200: Availability},
+            (403, 404, 422, 503),
+            query=AvailabilityQuery,
         ),
         Endpoint(
             "GET",
@@ -196,7 +215,15 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
         Endpoint("GET", "/healthz", ops.alive, "Whether the process answers", {200: Alive}),
         Endpoint("GET", "/readyz", ops.ready, "Whether the pod can serve", {200: Readiness, 503: Readiness}),
         Endpoint("GET", "/metrics", ops.metrics, "Prometheus metrics", {200: str}, (503,)),
-        Endpoint("GET", "/widget.js", ops.widget, "The chat widget", {200: bytes, 304: None}),
+        Endpoint("GET", "/widget.js", widget.entry, "The chat widget", {200: bytes, 304: None}),
+        Endpoint(
+            "GET",
+            "/widget/{version}/{file}",
+            widget.part,
+            "A module of the chat widget, which never changes",
+            {200: bytes, 304: None, 307: None},
+            (404,),
+        ),
     ]
 
 

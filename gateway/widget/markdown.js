@@ -1,0 +1,200 @@
+/**
+ * Answers as a safe subset of Markdown. The parser (streaming-markdown) takes the text as it comes and calls for
+ * elements and text; the page gets elements that are made here, from a fixed list, and text nodes. No HTML is ever parsed,
+ * so there is none to sanitize: what looks like a tag is shown as it is written. Images are links, for loading one would
+ * tell a third party of the visitor.
+ *
+ * What is rendered stays as it is and only grows; a long text is taken in slices, so that the page stays responsive.
+ */
+
+import * as md from './streaming-markdown.js';
+
+/** @typedef {{node: HTMLElement, token: number, start: string, href?: string}} Open  an element that still grows */
+
+const SLICE_CHARS = 2000;
+const SLICE_MS = 12;
+const DEEPEST = 16; // the parser has room for 24
+
+/** @type {Record<number, string>} */
+const TAGS = {
+  [md.PARAGRAPH]: 'p',
+  [md.HEADING_1]: 'h3', // below the heading of the chat
+  [md.HEADING_2]: 'h4',
+  [md.HEADING_3]: 'h5',
+  [md.HEADING_4]: 'h6',
+  [md.HEADING_5]: 'h6',
+  [md.HEADING_6]: 'h6',
+  [md.CODE_BLOCK]: 'pre',
+  [md.CODE_FENCE]: 'pre',
+  [md.CODE_INLINE]: 'code',
+  [md.EQUATION_BLOCK]: 'pre',
+  [md.EQUATION_INLINE]: 'code',
+  [md.ITALIC_AST]: 'em',
+  [md.ITALIC_UND]: 'em',
+  [md.STRONG_AST]: 'strong',
+  [md.STRONG_UND]: 'strong',
+  [md.STRIKE]: 's',
+  [md.LINK]: 'a',
+  [md.RAW_URL]: 'a',
+  [md.IMAGE]: 'a',
+  [md.BLOCKQUOTE]: 'blockquote',
+  [md.LINE_BREAK]: 'br',
+  [md.RULE]: 'hr',
+  [md.LIST_UNORDERED]: 'ul',
+  [md.LIST_ORDERED]: 'ol',
+  [md.LIST_ITEM]: 'li',
+  [md.CHECKBOX]: 'span',
+  [md.TABLE]: 'table',
+  [md.TABLE_ROW]: 'tr',
+  [md.TABLE_CELL]: 'td',
+};
+/** @type {number[]} */
+const LINKS = [md.LINK, md.RAW_URL, md.IMAGE];
+/** @type {number[]} */
+const WIDE = [md.CODE_BLOCK, md.CODE_FENCE, md.EQUATION_BLOCK, md.TABLE];
+
+/** @param {string} href @returns {string | null} the address, if a link may lead there */
+export function safeAddress(href) {
+  try {
+    const url = new URL(href.trim().replace(/\s+["'(].*$/s, '')); // [text](address "title")
+    return ['http:', 'https:', 'mailto:'].includes(url.protocol) ? url.href : null;
+  } catch {
+    return null; // relative: a model knows nothing of the host page's addresses
+  }
+}
+
+/** One answer on the page, which may still grow. */
+export class MarkdownView {
+  #root;
+  #text = '';
+  #written = 0;
+  /** @type {md.Parser} */
+  #parser;
+  /** @type {Open[]} */
+  #open = [];
+  /** @type {ReturnType<typeof setTimeout> | undefined} */
+  #timer;
+  #whole = false;
+
+  /** @param {HTMLElement} root  shows the answer */
+  constructor(root) {
+    this.#root = root;
+    this.#parser = this.#begin();
+  }
+
+  /** Show this text; `whole` when nothing follows. @param {string} text @param {boolean} [whole] */
+  show(text, whole = false) {
+    if (this.#whole || !text.startsWith(this.#text)) this.#parser = this.#begin();
+    this.#text = text;
+    this.#whole = whole;
+    this.#slice();
+  }
+
+  #begin() {
+    this.#root.replaceChildren();
+    this.#open = [{ node: this.#root, token: md.DOCUMENT, start: '' }];
+    this.#written = 0;
+    return md.parser({
+      data: undefined,
+      add_token: (_, token) => this.#start(token),
+      end_token: () => this.#end(),
+      add_text: (_, text) => this.#add(text),
+      set_attr: (_, kind, value) => this.#set(kind, value),
+    });
+  }
+
+  #slice() {
+    clearTimeout(this.#timer);
+    const began = performance.now();
+    while (this.#written < this.#text.length) {
+      if (performance.now() - began > SLICE_MS) {
+        this.#timer = setTimeout(() => this.#slice(), 0);
+        return;
+      }
+      const part = this.#text.slice(this.#written, this.#written + SLICE_CHARS);
+      this.#written += part.length;
+      // The parser's room is limited; what is nested beyond it, and nobody wrote for a reader, goes on as plain text.
+      if (this.#parser.len >= DEEPEST) this.#top.node.append(part);
+      else this.#write(part);
+    }
+    if (this.#whole) md.parser_end(this.#parser);
+  }
+
+  /** @param {string} part */
+  #write(part) {
+    for (const [line] of part.matchAll(/[^\n]*\n?/g)) {
+      // a line cannot nest deeper than half of its characters: a long one is fed in bits
+      for (let at = 0; at < line.length; at += DEEPEST / 2) {
+        const bit = line.slice(at, at + DEEPEST / 2);
+        if (this.#parser.len >= DEEPEST) this.#top.node.append(bit);
+        else md.parser_write(this.#parser, bit);
+      }
+    }
+  }
+
+  get #top() {
+    return this.#open[this.#open.length - 1];
+  }
+
+  /** @param {number} token */
+  #start(token) {
+    const { node: parent } = this.#top;
+    let node = document.createElement(TAGS[token] ?? 'span');
+    let start = '';
+    let inner = node;
+    if (token === md.ITALIC_UND && /[\p{L}\p{N}]$/u.test(parent.textContent ?? '')) {
+      node = inner = document.createElement('span'); // snake_case is no emphasis
+      node.append((start = '_'));
+    }
+    if (token === md.IMAGE) node.append('🖼 ');
+    if (WIDE.includes(token)) {
+      // scrolls by itself, by keyboard too
+      const outer = document.createElement('div');
+      outer.className = token === md.TABLE ? 'wide' : 'wide code';
+      outer.tabIndex = 0;
+      outer.append(node);
+      node = outer;
+    }
+    if (token === md.TABLE_CELL && parent.parentElement?.firstChild === parent) node = inner = document.createElement('th');
+    parent.append(node);
+    this.#open.push({ node: inner, token, start });
+  }
+
+  #end() {
+    const { node, token, start, href } = /** @type {Open} */ (this.#open.pop());
+    if (start && this.#parser.pending[0] === '_') node.append('_');
+    if (!LINKS.includes(token) || href) return;
+    // Not a link after all, or one that leads where none may: its text, in a plain element.
+    const plain = document.createElement('span');
+    if (token !== md.RAW_URL && href === undefined) node.prepend('[');
+    if (token !== md.RAW_URL && href === undefined && this.#parser.pending[0] === ']') node.append(']');
+    plain.append(...node.childNodes);
+    node.replaceWith(plain);
+  }
+
+  /** @param {string} text */
+  #add(text) {
+    const { node } = this.#top;
+    const last = node.lastChild;
+    if (last instanceof Text) last.appendData(text);
+    else node.append(text);
+  }
+
+  /** @param {number} kind @param {string} value */
+  #set(kind, value) {
+    const open = this.#top;
+    if (kind === md.HREF || kind === md.SRC) {
+      const href = safeAddress(open.token === md.RAW_URL ? value.replace(/[.,;:!?)\]}'"*]+$/, '') : value);
+      open.href = href ?? '';
+      if (!href) return;
+      const link = /** @type {HTMLAnchorElement} */ (open.node);
+      link.href = href;
+      link.target = '_blank';
+      link.rel = 'noopener noreferrer';
+    } else if (kind === md.START) {
+      /** @type {HTMLOListElement} */ (open.node).start = Number.parseInt(value, 10) || 1;
+    } else if (kind === md.CHECKED) {
+      open.node.textContent = '☑';
+    }
+  }
+}
