@@ -31,6 +31,8 @@ from persistence.worker import Worker
 REDIS_PORT = 6390
 POSTGRES_PORT = 5490
 DRAIN_S = 10.0
+DEMO = {"delay_ms": 700, "chunks": 14}
+"""So that a newcomer sees the demo agent write."""
 
 
 class DevOptions(msgspec.Struct, frozen=True):
@@ -79,7 +81,7 @@ async def run_dev(
         stack.push_async_callback(stores.close)
         await _migrate(stores)
         pod = await build_pod(settings, stores, [Route("/", _demo_page), Route("/dev/session", Behind(stores).show)])
-        await stores.agents.put("demo", AgentDefinition(graph="echo"))
+        await stores.agents.put("demo", AgentDefinition(graph="echo", config=DEMO))
         if options.worker:
             worker = await build_worker(settings, stores)
             await stack.enter_async_context(_working(worker))
@@ -179,7 +181,7 @@ async def _demo_page(request: Request) -> Response:
 
 
 class Behind:
-    """What the demo page shows of a session: its hash, its TTL, the outbox, its rows."""
+    """What the demo page shows of a session: its hash, its TTL, the outbox, its rows. Empty for one not begun."""
 
     def __init__(self, stores: Stores) -> None:
         self._stores = stores
@@ -193,7 +195,7 @@ class Behind:
         ttl_s = await stores.scripts.command("TTL", key)
         redis_ms = round((time() - began) * 1000, 2)
         backlog = await stores.outbox.backlog(int(time() * 1000))
-        rows: list[dict[str, Any]] | None = None
+        rows: list[dict[str, Any]] | None = []
         try:
             stored = await stores.postgres.find_session(session_id)
             if stored:
@@ -205,8 +207,6 @@ class Behind:
         except PostgresUnavailable:
             rows = None
         pairs = zip(found[::2], found[1::2], strict=True)
-        if not found and not rows:
-            return Response(status_code=404)
         return answer(
             {
                 "key": key,

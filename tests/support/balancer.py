@@ -22,6 +22,10 @@ class Balancer:
         assert self._server is not None
         return f"http://{HOST}:{self._server.sockets[0].getsockname()[1]}"
 
+    def send_to(self, *ports: int) -> None:
+        """The targets from now on, as when health checks have taken one out."""
+        self._next = cycle(ports)
+
     async def start(self) -> None:
         self._server = await asyncio.start_server(self._serve, HOST, 0)
 
