@@ -80,7 +80,7 @@ class WidgetApi:
 
 def without_comments(source: bytes) -> bytes:
     """A module without the comments that stand on lines of their own, which are a third of what would be sent."""
-    source = re.sub(rb"^ */\*\*.*?\*/ *\n?", b"", source, flags=re.DOTALL | re.MULTILINE)
+    source = re.sub(rb"^ */\*\*(?:(?!\*/).)*\*/ *\n", b"", source, flags=re.DOTALL | re.MULTILINE)
     return re.sub(rb"^ *// .*\n", b"", source, flags=re.MULTILINE)
 
 

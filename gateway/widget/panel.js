@@ -14,6 +14,7 @@ import { TEXTS } from './texts.js';
 
 /** @typedef {import('./service.js').Message} Message */
 /** @typedef {import('./service.js').TurnEvent} TurnEvent */
+/** @typedef {{show: (focus: boolean) => void, hide: () => void, remove: () => void}} Panel */
 /**
  * @typedef {object} Entry  a message on the page
  * @property {HTMLElement} node
@@ -34,7 +35,7 @@ import { TEXTS } from './texts.js';
 const PAINT_MS = 100;
 const NEAR_PX = 60;
 
-/** @param {PanelOptions} options @returns {import('./widget.js').Panel} */
+/** @param {PanelOptions} options @returns {Panel} */
 export function createPanel({ agent, title, greeting, texts, target, root, frame, launcher, session, service, refused, closed }) {
   const t = { ...TEXTS, ...texts };
   const inline = Boolean(target);
@@ -75,18 +76,18 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
   // --- what is on the page ---
 
   const near = () => log.scrollHeight - log.scrollTop - log.clientHeight < NEAR_PX;
+  let atEnd = true; // and then the log stays there, whatever changes
   const toEnd = () => {
+    atEnd = true;
     log.scrollTop = log.scrollHeight;
     latest.hidden = true;
   };
-  /** Change the log, and stay at its end if the visitor is there. @template T @param {() => T} change @returns {T} */
-  const keepEnd = (change) => {
-    const follow = near();
-    const result = change();
-    if (follow) toEnd();
+  const settle = () => {
+    if (atEnd) toEnd();
     else latest.hidden = near();
-    return result;
   };
+  new MutationObserver(settle).observe(log, { childList: true, subtree: true, characterData: true });
+  new ResizeObserver(settle).observe(log);
   /** @param {string} text */
   const announce = (text) => {
     status.textContent = '';
@@ -181,7 +182,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     send.setAttribute('aria-label', stop ? t.stop : t.send);
     send.title = stop ? t.stop : t.send;
     send.type = stop ? 'button' : 'submit';
-    send.disabled = !stop && !box.value.trim();
+    send.setAttribute('aria-disabled', String(!stop && !box.value.trim())); // `disabled` would take the focus away
     log.setAttribute('aria-busy', String(stop));
   }
 
@@ -195,13 +196,11 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     /** @type {ReturnType<typeof setTimeout> | undefined} */
     let timer;
     entry.node.prepend(dots);
-    keepEnd(() => append(entry));
+    append(entry);
     const paint = (whole = false) => {
       timer = undefined;
-      keepEnd(() => {
-        dots.hidden = text !== '';
-        entry.show(text, whole);
-      });
+      dots.hidden = text !== '';
+      entry.show(text, whole);
     };
     return {
       entry,
@@ -223,16 +222,18 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
         entry.meta.textContent = '';
         announce(`${t.agent} ${whole}`);
       },
-      /** Ended without an answer: what was said so far is shown as stopped, or not at all. @param {boolean} keep */
+      /** Ended without an answer: what was said so far is shown as stopped, or not at all. @param {boolean} keep @returns {boolean} whether it is shown */
       drop(keep) {
         clearTimeout(timer);
         dots.remove();
         const shown = keep && text !== '';
         if (shown) paint(true);
         entry.meta.textContent = shown ? t.stopped : '';
-        if (shown) return;
-        entries = entries.filter((one) => one !== entry);
-        entry.node.remove();
+        if (!shown) {
+          entries = entries.filter((one) => one !== entry);
+          entry.node.remove();
+        }
+        return shown;
       },
     };
   }
@@ -250,10 +251,9 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     entry.meta.textContent = t.sending;
     const answer = answering();
     dress();
-    /** @param {string} why @param {boolean} keepText */
-    const over = (why, keepText) => {
-      answer.drop(keepText);
-      if (!why) return;
+    /** @param {string} why */
+    const over = (why) => {
+      answer.drop(false);
       keep(true);
       fail(entry, text, why);
     };
@@ -275,28 +275,27 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
             keep();
             break;
           case 'connection.lost':
-            answer.entry.meta.textContent = navigator.onLine === false ? t.offline
+            (entry.turnId ? answer.entry : entry).meta.textContent = navigator.onLine === false ? t.offline
               : event.wait_s > 3 ? t.wait.replace('{seconds}', String(Math.ceil(event.wait_s))) : t.reconnecting;
             break;
           case 'connection.restored':
-            answer.entry.meta.textContent = '';
+            answer.entry.meta.textContent = entry.meta.textContent = '';
             break;
           case 'turn.completed':
             answer.finish(event.response);
             session.keepPending(null);
             break;
           case 'turn.cancelled':
-            over('', true);
-            entry.meta.textContent = t.stopped;
+            entry.meta.textContent = answer.drop(true) ? '' : t.stopped;
             session.keepPending(null);
             break;
           case 'turn.failed':
-            over(event.code, false);
+            over(event.code);
         }
       }
     } catch (error) {
       if (stop.signal.aborted) answer.drop(false);
-      else if (!refused(error)) over(error instanceof AgentError ? error.code : 'failed', false);
+      else if (!refused(error)) over(error instanceof AgentError ? error.code : 'failed');
     } finally {
       if (current?.stop === stop) current = null;
       dress();
@@ -315,10 +314,8 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
       entries = [...entries.filter((one) => one !== entry), entry];
       void deliver(entry, text);
     });
-    keepEnd(() => {
-      entry.node.classList.add('failed');
-      entry.meta.replaceChildren(why, retry);
-    });
+    entry.node.classList.add('failed');
+    entry.meta.replaceChildren(why, retry);
     announce(`${why} ${t.retry}`);
   }
 
@@ -327,7 +324,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     shownSession = session.getSessionId();
     entries = kept;
     offerMore(null);
-    keepEnd(() => kept[0].node.before(el('p', { class: 'note' }, t.ended)));
+    kept[0].node.before(el('p', { class: 'note' }, t.ended));
   }
 
   // --- what happens elsewhere ---
@@ -357,11 +354,9 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
       try {
         const page = await service.history();
         if (of !== shownSession || signal.aborted) return;
-        keepEnd(() => {
-          const first = entries.every((one) => one.seq === undefined);
-          merge(page.messages);
-          if (first) offerMore(page.next_before);
-        });
+        const first = entries.every((one) => one.seq === undefined);
+        merge(page.messages);
+        if (first) offerMore(page.next_before);
         connection();
       } catch {
         const retry = button(t.retry, 'pill');
@@ -428,8 +423,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     if (!entry) {
       entry = bubble('user', pending.text);
       entry.messageId = pending.messageId;
-      const made = entry;
-      keepEnd(() => append(made));
+      append(entry);
     }
     if (!pending.failed) {
       void deliver(entry, pending.text);
@@ -480,7 +474,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
   send.addEventListener('click', async (event) => {
     if (!working()) return;
     event.preventDefault();
-    send.disabled = true;
+    send.setAttribute('aria-disabled', 'true');
     try {
       // Nothing runs yet, or not any more: then it is this tab that stops asking.
       if (!(await service.cancel(agent)) && current) {
@@ -528,7 +522,8 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     box.focus();
   });
   log.addEventListener('scroll', () => {
-    if (near()) latest.hidden = true;
+    atEnd = near();
+    latest.hidden = atEnd;
   }, { passive: true });
   shut.addEventListener('click', () => (hide(), closed()));
   panel.addEventListener('keydown', (event) => {

@@ -33,7 +33,7 @@ header button:focus-visible { outline-color: var(--on-accent); outline-offset: -
 header svg { width: 21px; height: 21px; }
 .bar { flex: none; display: flex; flex-wrap: wrap; align-items: center; gap: 8px 10px; padding: 10px 20px; font-size: 13.5px;
   background: var(--well); border-bottom: 1px solid var(--line); }
-.bar p { flex: 1 1 180px; }
+.bar p { flex: 1 1 100%; }
 .pill { padding: 5px 13px; border-radius: 99px; border: 1px solid var(--soft); font-size: 13.5px; font-weight: 550; }
 .pill:hover { background: color-mix(in srgb, var(--ink) 9%, transparent); }
 .pill.main { background: var(--ink); border-color: var(--ink); color: var(--paper); }
@@ -83,8 +83,9 @@ header svg { width: 21px; height: 21px; }
 .text code, .text pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .text code { direction: ltr; unicode-bidi: isolate; }
 .text code { padding: 1px 5px; border-radius: 5px; background: color-mix(in srgb, var(--ink) 9%, transparent); }
-.text .wide { max-width: 100%; overflow-x: auto; scrollbar-width: thin; border-radius: 10px; }
-.text .code { background: var(--well); }
+.text .wide { max-width: 100%; overflow-x: auto; scrollbar-width: thin; }
+.text .code { background: var(--well); border-radius: 10px; }
+.text tr:last-child td { border-bottom: 0; }
 .text pre { width: max-content; min-width: 100%; padding: 11px 13px; white-space: pre; text-align: left; direction: ltr; }
 .text table { border-collapse: collapse; font-size: 14px; }
 .text th { font-weight: 650; text-align: start; }
@@ -101,7 +102,7 @@ textarea { flex: 1; min-width: 0; min-height: 40px; max-height: 140px; padding: 
 textarea::placeholder { color: var(--soft); opacity: 1; }
 .send { flex: none; width: 40px; height: 40px; display: grid; place-items: center; border-radius: 50%; transition: background .15s, color .15s; }
 .panel .send { background: var(--accent); color: var(--on-accent); }
-.panel .send:disabled { background: var(--well); color: var(--soft); }
+.panel .send[aria-disabled=true] { cursor: default; background: var(--well); color: var(--soft); }
 .send svg { width: 20px; height: 20px; stroke-width: 2.2; }
 .send .square { fill: currentColor; }
 

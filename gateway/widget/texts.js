@@ -11,8 +11,6 @@ export const TEXTS = {
   you: 'You:',
   agent: 'Answer:',
   sending: 'Sending…',
-  writing: 'Writing…',
-  notAnswered: 'Not answered yet',
   stopped: 'Stopped',
   again: 'New conversation',
   againQuestion: 'End this conversation and begin a new one?',

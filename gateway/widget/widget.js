@@ -23,14 +23,12 @@ export { SessionManager, AgentService, AgentError };
  * @property {'right' | 'left'} [position]  of the launcher
  * @property {'auto' | 'light' | 'dark'} [theme]  auto: as the visitor's system
  * @property {'ltr' | 'rtl'} [dir]  else the page's
- * @property {string} [lang]  of the texts
  * @property {Partial<Texts>} [texts]  words in another language
  * @property {boolean} [open]  open at once
  * @property {HTMLElement} [target]  show the chat in this element, without a launcher
  * @property {string} [base]  the gateway's address, if it is not where this module came from
  */
 /** @typedef {{element: HTMLElement, open: () => Promise<void>, close: () => void, remove: () => void}} Chat */
-/** @typedef {{show: (focus: boolean) => void, hide: () => void, remove: () => void}} Panel */
 
 const ACCENT = '#1f6f54';
 const REFUSALS = ['domain_not_allowed', 'agent_not_found', 'agent_inactive', 'channel_not_allowed'];
@@ -100,7 +98,7 @@ export function mount(options) {
     return true;
   };
 
-  /** @type {Promise<Panel> | undefined} */
+  /** @type {Promise<import('./panel.js').Panel> | undefined} */
   let loading;
   const load = () => {
     loading ??= import('./panel.js').then(({ createPanel }) => createPanel({ ...options, element, root, frame, launcher, session, service, refused, closed }));
@@ -180,11 +178,11 @@ function whenIdle(run) {
 }
 
 /** The options of a script tag. @param {DOMStringMap} data @returns {MountOptions} */
-function optionsOf({ agent = '', title, greeting, color, position, theme, dir, lang, texts, open, target, base }) {
+function optionsOf({ agent = '', title, greeting, color, position, theme, dir, texts, open, target, base }) {
   const found = target ? document.querySelector(target) : null;
   if (target && !found) console.warn(`[chat] data-target: there is no ${target} on this page.`);
   return /** @type {MountOptions} */ ({
-    agent, title, greeting, color, position, theme, dir, lang, base,
+    agent, title, greeting, color, position, theme, dir, base,
     texts: texts ? JSON.parse(texts) : undefined,
     open: open !== undefined && open !== 'false',
     target: found ?? undefined,
