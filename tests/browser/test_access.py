@@ -34,7 +34,7 @@ async def streaming(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
     await expect(visit.chat.log).to_contain_text("Is there anything else?")
     await visit.chat.say("Yes: can I still change the address?")
     await spoken.has_started("Yes: can I still change the address?")
-    spoken.say("Yes: can I still change the address?", "Let me look. The carrier says that")
+    spoken.say("Yes: can I still change the address?", "Let me look. The carrier says that ")
     await expect(visit.chat.log).to_contain_text("The carrier says that")
     await expect(visit.chat.stop_button).to_be_visible()
 
@@ -201,7 +201,7 @@ async def test_a_screen_reader_is_told_an_answer_once(visitors: Visitors, shop: 
     }""")
     await visit.chat.say("Hello")
     await spoken.has_started("Hello")
-    for piece in ("Good ", "morning ", "to you"):
+    for piece in ("Good ", "morning ", "to you "):
         spoken.say("Hello", piece)
         await expect(visit.chat.log).to_contain_text(piece.strip())
     spoken.end("Hello")

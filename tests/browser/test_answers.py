@@ -97,18 +97,20 @@ async def test_100_kb_of_text_are_shown_and_the_page_goes_on(visitors: Visitors,
     assert wide <= 1, "it does not scroll sideways"
 
 
-async def test_100_kb_of_nested_marks_do_not_hang(visitors: Visitors, shop: str, spoken: Spoken) -> None:
+async def test_100_kb_of_nested_marks_do_not_hang_the_page(visitors: Visitors, shop: str, spoken: Spoken) -> None:
+    """Nobody writes such a thing for a reader: what counts is that page and chat go on, within the time limits of `expect`."""
     visit = await visitors.go(shop)
     await visit.chat.open()
     for number, evil in enumerate(SLOW):
         message = f"Question {number}"
-        spoken.say(message, evil, " done.", None)
+        spoken.say(message, evil, None)
         await visit.chat.say(message)
-        await expect(visit.chat.log).to_contain_text("done.", timeout=30_000)
-        await expect(visit.chat.stop_button).to_be_hidden(timeout=30_000)
-        await visit.page.evaluate("1")
+        await spoken.has_started(message)
+        await expect(visit.chat.stop_button).to_be_hidden()
         await visit.chat.begin_anew()
         await expect(visit.chat.saying(message)).to_have_count(0)
+    await ask(visit, spoken, "Still here", "And now?")
+    await expect(visit.chat.saying("Still here")).to_be_visible()
 
 
 async def test_markdown_is_shown(visitors: Visitors, shop: str, spoken: Spoken) -> None:

@@ -37,8 +37,10 @@ async def test_a_newcomer_sees_a_message_go_to_redis_and_postgres(visitors: Visi
     session = page.get_by_role("region", name="Session hash in Redis")
     await expect(session.get_by_text("user: Hello")).to_be_visible()
     await expect(session.get_by_text("message_count")).to_be_visible()
-    await expect(page.get_by_text("TTL").first).to_be_visible()
-    await expect(page.get_by_text("all of it is in Postgres")).to_be_visible()
+    await expect(page.get_by_text("TTL 30:00: all of it is in Postgres").or_(page.get_by_text("TTL 29:"))).to_be_visible()
+    news = page.get_by_role("region", name="Just now").get_by_role("listitem")
+    await expect(news.filter(has_text="one script").or_(news.filter(has_text="The first message")).first).to_be_visible()
+    await expect(news.filter(has_text="The worker has brought turn 1 to Postgres")).to_have_count(1)
     assert visit.errors == []
 
 
