@@ -98,7 +98,7 @@ async def test_100_kb_of_text_are_shown_and_the_page_goes_on(visitors: Visitors,
 
 
 async def test_100_kb_of_nested_marks_do_not_hang_the_page(visitors: Visitors, shop: str, spoken: Spoken) -> None:
-    """Nobody writes such a thing for a reader: what counts is that page and chat go on, within the time limits of `expect`."""
+    """Nobody writes such a thing for a reader: what counts is that the page goes on, within the limits of `expect`."""
     visit = await visitors.go(shop)
     await visit.chat.open()
     for number, evil in enumerate(SLOW):

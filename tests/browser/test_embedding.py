@@ -3,7 +3,6 @@
 import json
 from typing import Any
 
-import pytest
 from playwright.async_api import Page, expect
 
 from tests.browser.sites import TEXT, Sites, document, tag
@@ -243,9 +242,6 @@ async def test_inline_in_an_element_of_the_page(visitors: Visitors, sites: Sites
     await expect(chat.saying("Good morning")).to_be_visible()
 
 
-@pytest.mark.parametrize("times", [2], ids=["twice"])
-async def test_the_line_on_a_page_more_than_once_is_one_chat(
-    visitors: Visitors, sites: Sites, gateway: str, times: int
-) -> None:
-    visit = await visitors.go(sites.put(document(TEXT + tag(gateway) * times)))
+async def test_the_line_on_a_page_twice_is_one_chat(visitors: Visitors, sites: Sites, gateway: str) -> None:
+    visit = await visitors.go(sites.put(document(TEXT + tag(gateway) * 2)))
     await expect(visit.chat.launcher).to_have_count(1)
