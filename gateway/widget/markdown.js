@@ -75,6 +75,8 @@ export class MarkdownView {
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #timer;
   #whole = false;
+  #pending = ''; // text that is not on the page yet: adding to a long text bit by bit would be slow
+  #last = '';
 
   /** @param {HTMLElement} root  shows the answer */
   constructor(root) {
@@ -92,6 +94,7 @@ export class MarkdownView {
 
   #begin() {
     this.#root.replaceChildren();
+    this.#pending = this.#last = '';
     this.#open = [{ node: this.#root, token: md.DOCUMENT, start: '' }];
     this.#written = 0;
     return md.parser({
@@ -108,25 +111,25 @@ export class MarkdownView {
     const began = performance.now();
     while (this.#written < this.#text.length) {
       if (performance.now() - began > SLICE_MS) {
+        this.#flush();
         this.#timer = setTimeout(() => this.#slice(), 0);
         return;
       }
       const part = this.#text.slice(this.#written, this.#written + SLICE_CHARS);
       this.#written += part.length;
-      // The parser's room is limited; what is nested beyond it, and nobody wrote for a reader, goes on as plain text.
-      if (this.#parser.len >= DEEPEST) this.#top.node.append(part);
-      else this.#write(part);
+      this.#write(part);
     }
     if (this.#whole) md.parser_end(this.#parser);
+    this.#flush();
   }
 
   /** @param {string} part */
   #write(part) {
     for (const [line] of part.matchAll(/[^\n]*\n?/g)) {
-      // a line cannot nest deeper than half of its characters: a long one is fed in bits
+      // The parser's room is limited. A few characters cannot fill it; what is nested deeper goes on as plain text.
       for (let at = 0; at < line.length; at += DEEPEST / 2) {
         const bit = line.slice(at, at + DEEPEST / 2);
-        if (this.#parser.len >= DEEPEST) this.#top.node.append(bit);
+        if (this.#parser.len >= DEEPEST) this.#add(bit);
         else md.parser_write(this.#parser, bit);
       }
     }
@@ -138,11 +141,12 @@ export class MarkdownView {
 
   /** @param {number} token */
   #start(token) {
+    this.#flush();
     const { node: parent } = this.#top;
     let node = document.createElement(TAGS[token] ?? 'span');
     let start = '';
     let inner = node;
-    if (token === md.ITALIC_UND && /[\p{L}\p{N}]$/u.test(parent.textContent ?? '')) {
+    if (token === md.ITALIC_UND && /[\p{L}\p{N}]/u.test(this.#last)) {
       node = inner = document.createElement('span'); // snake_case is no emphasis
       node.append((start = '_'));
     }
@@ -156,13 +160,16 @@ export class MarkdownView {
       node = outer;
     }
     if (token === md.TABLE_CELL && parent.parentElement?.firstChild === parent) node = inner = document.createElement('th');
+    this.#last = '';
     parent.append(node);
     this.#open.push({ node: inner, token, start });
   }
 
   #end() {
+    this.#flush();
     const { node, token, start, href } = /** @type {Open} */ (this.#open.pop());
     if (start && this.#parser.pending[0] === '_') node.append('_');
+    this.#last = '';
     if (!LINKS.includes(token) || href) return;
     // Not a link after all, or one that leads where none may: its text, in a plain element.
     const plain = document.createElement('span');
@@ -174,10 +181,16 @@ export class MarkdownView {
 
   /** @param {string} text */
   #add(text) {
+    this.#pending += text;
+    this.#last = text.slice(-1);
+  }
+
+  #flush() {
+    if (!this.#pending) return;
     const { node } = this.#top;
-    const last = node.lastChild;
-    if (last instanceof Text) last.appendData(text);
-    else node.append(text);
+    if (node.lastChild instanceof Text) node.lastChild.appendData(this.#pending);
+    else node.append(this.#pending);
+    this.#pending = '';
   }
 
   /** @param {number} kind @param {string} value */

@@ -23,9 +23,13 @@ export class SessionManager {
     this.#key = key;
   }
 
-  /** One per agent, because the gateway binds a session to its agent. @param {string} [agentId] @returns {SessionManager} */
+  /**
+   * One per agent, because the gateway binds a session to its agent. On a server, which has many visitors, each call makes
+   * another. @param {string} [agentId] @returns {SessionManager}
+   */
   static getInstance(agentId = '') {
     const key = agentId ? `gateway_session:${agentId}` : 'gateway_session';
+    if (!globalThis.document) return new SessionManager(key);
     let found = SessionManager.#instances.get(key);
     if (!found) SessionManager.#instances.set(key, (found = new SessionManager(key)));
     return found;

@@ -1,21 +1,20 @@
 /** The looks of the open chat. Sizes in px: the host page's font size is not ours. */
 
 export const STYLE = `
-:host { --paper: #fff; --ink: #1a201e; --soft: #59635f; --line: #e2e7e4; --bubble: #f1f4f2; --alarm: #b3261e; --well: #e7ecea;
-  font: 400 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink);
-  -webkit-font-smoothing: antialiased; text-align: start; }
-:host([data-theme=dark]) { --paper: #161a19; --ink: #e8edea; --soft: #a2aeaa; --line: #2d3533; --bubble: #232a28; --alarm: #ff9c93;
-  --well: #0f1312; }
+.panel { --paper: #fff; --ink: #1a201e; --soft: #59635f; --line: #e2e7e4; --bubble: #f1f4f2; --alarm: #b3261e; --well: #e7ecea;
+  text-align: start; -webkit-font-smoothing: antialiased; }
+:host([data-theme=dark]) .panel { --paper: #161a19; --ink: #e8edea; --soft: #a2aeaa; --line: #2d3533; --bubble: #232a28;
+  --alarm: #ff9c93; --well: #0f1312; }
 :where(.panel, .panel *) { box-sizing: border-box; margin: 0; font: inherit; color: inherit; letter-spacing: normal; }
-.panel { position: fixed; z-index: 2147483001; bottom: calc(var(--edge) + 76px); right: var(--edge); width: 400px;
+.panel { font: 400 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); position: fixed; z-index: 2147483001; bottom: calc(var(--edge) + 76px); right: var(--edge); width: 400px;
   max-width: calc(100vw - 2 * var(--edge)); height: min(680px, 100dvh - var(--edge) * 2 - 76px); display: flex;
   flex-direction: column; overflow: hidden; background: var(--paper); border-radius: 20px;
   box-shadow: 0 0 0 1px rgb(0 0 0 / .07), 0 12px 28px rgb(0 0 0 / .12), 0 28px 80px rgb(0 0 0 / .2); transform-origin: bottom right;
   animation: open .24s cubic-bezier(.2, .9, .3, 1.05); }
-:host([data-theme=dark]) .panel { box-shadow: 0 0 0 1px var(--line), 0 24px 70px rgb(0 0 0 / .6); }
+:host([data-theme=dark]) :not(.inline) > .panel { box-shadow: 0 0 0 1px var(--line), 0 24px 70px rgb(0 0 0 / .6); }
 .left .panel { right: auto; left: var(--edge); transform-origin: bottom left; }
 .inline, .inline .panel { position: relative; inset: auto; width: 100%; max-width: none; height: 100%; min-height: 320px; }
-.inline .panel { box-shadow: 0 0 0 1px var(--line); animation: none; border-radius: 16px; z-index: 0; }
+:host .inline .panel { box-shadow: inset 0 0 0 1px var(--line); animation: none; border-radius: 16px; z-index: 0; }
 @keyframes open { from { opacity: 0; transform: translateY(14px) scale(.97); } }
 button { border: 0; background: none; padding: 0; cursor: pointer; }
 button:disabled { cursor: default; }

@@ -34,8 +34,9 @@ const ACCENT = '#1f6f54';
 const REFUSALS = ['domain_not_allowed', 'agent_not_found', 'agent_inactive', 'channel_not_allowed'];
 
 const LAUNCHER = `
-:host { all: initial; --edge: 20px; color-scheme: light; }
-:host([data-theme=dark]) { color-scheme: dark; }
+:host { all: initial !important; display: block !important; --edge: 20px; color-scheme: light !important; }
+:host([data-inline]) { height: 100% !important; }
+:host([data-theme=dark]) { color-scheme: dark !important; }
 :host([hidden]), [hidden] { display: none !important; }
 .launcher { position: fixed; z-index: 2147483000; bottom: calc(var(--edge) + env(safe-area-inset-bottom)); right: var(--edge);
   width: 60px; height: 60px; display: grid; place-items: center; border: 0; border-radius: 50%; padding: 0; cursor: pointer;
@@ -77,6 +78,7 @@ export function mount(options) {
   const probe = el('i', { class: 'probe' });
   root.append(frame, probe);
   element.hidden = true;
+  element.toggleAttribute('data-inline', Boolean(target));
   (target ?? document.body).append(element);
 
   const dark = matchMedia('(prefers-color-scheme: dark)');
