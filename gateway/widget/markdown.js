@@ -119,7 +119,13 @@ export class MarkdownView {
       this.#written += part.length;
       this.#write(part);
     }
-    if (this.#whole) md.parser_end(this.#parser);
+    if (this.#whole) {
+      md.parser_end(this.#parser);
+      if (this.#parser.pending.startsWith('](')) {
+        this.#top.node.prepend('['); // a link that never ended
+        this.#add(this.#parser.pending.trimEnd());
+      }
+    }
     this.#flush();
   }
 
