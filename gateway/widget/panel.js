@@ -173,7 +173,10 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     bar.hidden = !text;
     bar.replaceChildren(...(text ? [el('p', {}, text), ...actions] : []));
   }
-  const connection = () => tell(navigator.onLine === false ? t.offline : '');
+  const connection = () => {
+    const asking = bar.querySelector('.main'); // a question stays until it is answered
+    if (!asking) tell(navigator.onLine === false ? t.offline : '');
+  };
 
   const working = () => Boolean(current || followed);
   function dress() {
@@ -511,6 +514,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
       box.focus();
     });
     no.addEventListener('click', () => {
+      tell('');
       connection();
       again.focus();
     });

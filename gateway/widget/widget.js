@@ -191,8 +191,13 @@ function optionsOf({ agent = '', title, greeting, color, position, theme, dir, t
   });
 }
 
-// The tags that brought this module: one chat each.
+// The tags that brought this module: one chat each. A line that is on the page twice is one chat.
+/** @type {Set<string>} */
+const places = new Set();
 for (const tag of globalThis.document?.querySelectorAll('script[data-agent]') ?? []) {
   const { src, dataset } = /** @type {HTMLScriptElement} */ (tag);
-  if (src === import.meta.url) whenIdle(() => mount(optionsOf(dataset)));
+  const place = `${dataset.agent} ${dataset.target ?? ''}`;
+  if (src !== import.meta.url || places.has(place)) continue;
+  places.add(place);
+  whenIdle(() => mount(optionsOf(dataset)));
 }
