@@ -6,6 +6,7 @@ few retries: every write script checks an id, so repeating one is safe, and a vi
 """
 
 import asyncio
+import inspect
 import re
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from functools import partial
@@ -162,14 +163,27 @@ def retrieve(task: "asyncio.Future[Any]") -> None:
 
 
 async def gather_bounded(work: Iterable[Coroutine[Any, Any, Result]], at_once: int = 32) -> list[Result]:
-    """Runs coroutines side by side, a bounded number at a time; results in order."""
+    """Runs coroutines side by side, a bounded number at a time; results in order. All end before an error is raised."""
     free = asyncio.Semaphore(at_once)
+    coroutines = list(work)
 
     async def one(coroutine: Coroutine[Any, Any, Result]) -> Result:
         async with free:
             return await coroutine
 
-    return await asyncio.gather(*(one(coroutine) for coroutine in work))
+    try:
+        outcomes = await asyncio.gather(*map(one, coroutines), return_exceptions=True)
+    finally:
+        for coroutine in coroutines:
+            # Those that had not begun when this was cancelled never will.
+            if inspect.getcoroutinestate(coroutine) == inspect.CORO_CREATED:
+                coroutine.close()
+    results = []
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+        results.append(outcome)
+    return results
 
 
 async def drop_connections(client: Client) -> None:

@@ -134,13 +134,8 @@ class Worker:
         for record in records:
             parts[order.setdefault(record.session.session_id, len(order)) % len(parts)].append(record)
         # All of them end before an error is raised: what is taken again is in no transaction any more.
-        outcomes = await asyncio.gather(*(self._flush(partition, part) for part in parts), return_exceptions=True)
-        flushed = refused = 0
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                raise outcome
-            flushed, refused = flushed + outcome[0], refused + outcome[1]
-        return flushed, refused
+        outcomes = await gather_bounded(self._flush(partition, part) for part in parts)
+        return sum(flushed for flushed, _ in outcomes), sum(refused for _, refused in outcomes)
 
     async def _flush(self, partition: int, records: Sequence[Record], *, again: bool = False) -> tuple[int, int]:
         """Flushes records in one transaction; on an error of the data halves them until the bad ones stand alone.

@@ -33,6 +33,13 @@ share_ports(
     int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
 )
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that the test processes end at the same time."""
+    longest = ("faults/test_controls.py", "faults/", "")
+    items.sort(key=lambda item: next(rank for rank, part in enumerate(longest) if part in item.nodeid))
+
+
 TABLES = "agents, agent_sessions, agent_messages, erased_sessions"
 
 

@@ -1,6 +1,7 @@
 """Which Redis the gateway connects to, and which it refuses to run on."""
 
 import asyncio
+import gc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,37 @@ async def test_work_side_by_side_is_bounded_and_keeps_its_order() -> None:
 
     assert await gather_bounded((work(number) for number in range(100)), at_once=4) == list(range(100))
     assert most == 4
+
+
+async def test_work_side_by_side_ends_before_its_error_is_raised() -> None:
+    ended = []
+
+    async def work(number: int) -> None:
+        for _ in range(number):
+            await asyncio.sleep(0)
+        ended.append(number)
+        if number == 0:
+            raise ValueError("the first of all")
+
+    with pytest.raises(ValueError, match="the first of all"):
+        await gather_bounded((work(number) for number in range(5)), at_once=2)
+    assert ended == [0, 1, 2, 3, 4]
+
+
+# A coroutine that nobody awaits would warn, and a warning fails the test.
+async def test_work_side_by_side_that_is_cancelled_leaves_nothing_behind() -> None:
+    begun = asyncio.Event()
+
+    async def work() -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    working = asyncio.ensure_future(gather_bounded((work() for _ in range(5)), at_once=1))  # noqa: RUF006
+    await begun.wait()
+    working.cancel()
+    await asyncio.wait({working})
+    assert working.cancelled()
+    gc.collect()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from time import monotonic
+from typing import Any
+
+from redis.asyncio import Redis
 
 from persistence.outbox import CLAIM_IDLE_MS
 from tests.chaos.ledger import Ledger
@@ -190,10 +193,19 @@ async def _full(harm: Harm, policy: str) -> None:
     client = harm.site.client
     await client.config_set("maxmemory-policy", policy)
     memory = await client.info("memory")
+    before = await _turned_out(client)
     await client.config_set("maxmemory", int(memory["used_memory"] * 0.97))
     await harm.wait(3, 5)
+    if await _turned_out(client) == before:
+        harm.ledger.unexpected.append(f"Redis was not full: with {policy} it has evicted and refused nothing")
     await client.config_set("maxmemory", 0)
     await client.config_set("maxmemory-policy", harm.site.eviction)
+
+
+async def _turned_out(client: Redis) -> int:
+    """How many keys Redis has evicted and how many commands it has refused for want of memory."""
+    stats: Any = await client.info("everything")
+    return int(stats["evicted_keys"]) + int(stats.get("errorstat_OOM", {}).get("count", 0))
 
 
 async def expiry_of_a_second(harm: Harm) -> None:
@@ -231,6 +243,9 @@ async def field_damaged(harm: Harm) -> None:
         await asyncio.sleep(1)
         if await client.exists(key):
             await client.hset(key, "turns", was)
+        # The last answers about it come in; whatever says so later is a breach.
+        await asyncio.sleep(1)
+        conversation.damaged = False
         return
 
 
@@ -300,11 +315,14 @@ def go_together(one: str, other: str) -> bool:
     return not {one, other} & APART and one != other and (one not in _STORES or _STORES[one] != _STORES.get(other))
 
 
-async def inject(names: tuple[str, ...], site: Site, visitors: Visitors, ledger: Ledger, chance: Random) -> Window:
-    """Injects faults at once, waits until all is calm, and tells when that was."""
+async def inject(names: tuple[str, ...], site: Site, visitors: Visitors, ledger: Ledger, seed: str) -> Window:
+    """Injects faults at once, waits until all is calm, and tells when that was.
+
+    Each draws from a source of its own: how often one has to look for its moment changes nothing of the others.
+    """
     window = Window(names, monotonic())
-    harm = Harm(site, visitors, ledger, chance, window)
-    await asyncio.gather(*(FAULTS[name](harm) for name in names))
+    harms = {name: Harm(site, visitors, ledger, Random(f"{name} of {seed}"), window) for name in names}
+    await asyncio.gather(*(FAULTS[name](harm) for name, harm in harms.items()))
     window.mended_at = monotonic()
     await site.healthy()
     # Whoever was refused asks again and is answered before the next fault comes.

@@ -23,17 +23,13 @@ class Message:
     failures: list[tuple[float, str, int]] = field(default_factory=list)
     pod: int = -1
     answer: str | None = None
+    turn_id: str = ""
     answered_at: float = 0.0
     doubtful: bool = False
 
     @property
     def message_id(self) -> str:
         return f"m{self.number}"
-
-    @property
-    def waited_s(self) -> float:
-        """How much longer than its own work the answer took."""
-        return self.answered_at - self.sent_at - self.work_s
 
 
 @dataclass
@@ -53,18 +49,30 @@ class Conversation:
     def answered(self) -> list[Message]:
         return [message for message in self.messages if message.answer is not None]
 
+    def known(self) -> bool:
+        """Whether the gateway has answered that it has this session."""
+        return bool(self.token or self.answered())
+
+    def doubtful(self) -> set[int]:
+        """The numbers of the messages of which a request may still be on its way: after erasure it opens a session anew."""
+        return {message.number for message in self.messages if message.doubtful}
+
 
 class Ledger:
-    """All conversations, who is being answered where, and what was wrong with an answer as soon as it came."""
+    """All conversations, who is being answered where, and what was found wrong while it ran."""
 
     def __init__(self) -> None:
         self.conversations: list[Conversation] = []
         self.in_flight: dict[int, tuple[Conversation, Message]] = {}
         self.foreign: list[str] = []
         self.out_of_order: list[str] = []
+        self.doubled: list[str] = []
+        self.left_over: list[str] = []
         self.unexpected: list[str] = []
         self.cancelled = 0
         self.resumed = 0
+        self.repeated = 0
+        self.looks = 0
 
     def on_pod(self, pod: int, now: float) -> set[str]:
         """The sessions with a message at a pod: in flight, or one whose asker went away lately without an answer."""

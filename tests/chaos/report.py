@@ -10,7 +10,7 @@ KINDS = {
     "doubled": "in Postgres more than once",
     "foreign": "another session's secret in an answer, in Redis or in a row",
     "out_of_order": "gaps, repeats, wrong order, or a history that lacks something",
-    "left_over": "outbox or pending list not empty, dead letters, keys without TTL",
+    "left_over": "outbox or pending list not empty, dead letters, wrong TTLs, a wrong counter",
     "unexpected": "answers and rows that no fault explains",
     "slow": "waits longer than promised",
 }
@@ -48,9 +48,11 @@ def _lines(outcome: Outcome) -> Iterator[str]:
     )
     yield (
         f"{requests} requests, {ledger.cancelled} cut off by the visitor, "
-        f"{ledger.resumed} streams resumed; {outcome.foreign_replies} replies of Redis found not to belong to their call"
+        f"{ledger.resumed} streams resumed, {ledger.repeated} answers asked for again; "
+        f"{outcome.foreign_replies} replies of Redis found not to belong to their call"
     )
-    yield f"drained in {outcome.drain_s:.1f} s"
+    yield f"{outcome.restarts} processes ended by themselves while they started, and were started again"
+    yield f"drained in {outcome.drain_s:.1f} s; {ledger.looks} looks at the TTLs and the counter of the outbox on the way"
     yield ""
     for name, found in vars(outcome.verdict).items():
         yield f"{name.replace('_', ' '):<14}{len(found):>6}   {KINDS[name]}"

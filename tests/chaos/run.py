@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ from tests.chaos.faults import FAULTS, Window, go_together, inject, lasts_s
 from tests.chaos.ledger import Ledger
 from tests.chaos.options import Options
 from tests.chaos.site import Site
-from tests.chaos.unavailability import Seen, limits_broken, seen
+from tests.chaos.unavailability import Seen, limits_broken, seen, turned_away_in_peace
 from tests.chaos.verdict import Verdict, check
 from tests.chaos.visitors import Visitors
+from tests.chaos.watch import watch_redis
 
 QUIET_S = 2.0
 """How long visitors talk before the first fault: one that finds nobody there harms nobody."""
@@ -32,6 +34,7 @@ class Outcome:
     seen: list[Seen]
     verdict: Verdict
     foreign_replies: int
+    restarts: int
     seconds: float
     drain_s: float
 
@@ -51,12 +54,13 @@ async def run(options: Options, say: Callable[[str], None] = lambda text: None) 
 
 
 async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outcome:
-    ledger, windows = Ledger(), []
+    ledger = Ledger()
+    windows: list[Window] = []
     visitors = Visitors(site, ledger)
     began_at = monotonic()
     visitors.start()
-    chance = Random(f"faults of seed {options.seed}")
-    schedule = _schedule(options, chance)
+    watching = asyncio.create_task(watch_redis(site, ledger))
+    schedule = _schedule(options, Random(f"schedule of seed {options.seed}"))
     await asyncio.sleep(QUIET_S)
     while (left_s := options.seconds - (monotonic() - began_at)) > 3:
         # A fault that would outlast the run is passed over; when that is so for all, the run is over.
@@ -64,18 +68,25 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
         if names is None:
             break
         say(f"{monotonic() - began_at:6.1f} s  {' and '.join(names)}")
-        windows.append(await inject(names, site, visitors, ledger, chance))
+        windows.append(await inject(names, site, visitors, ledger, f"fault {len(windows)} of seed {options.seed}"))
     await asyncio.sleep(max(0, options.seconds - (monotonic() - began_at)))
     say(f"{monotonic() - began_at:6.1f} s  visitors finish what they are at")
     await visitors.stop()
     seconds = monotonic() - began_at
     drained, drain_s = await _drain(site, options.drain_s)
+    await visitors.look_again()
+    await visitors.close()
+    watching.cancel()
+    await _stop(site, ledger, drained)
     say(f"{monotonic() - began_at:6.1f} s  {'drained' if drained else 'NOT drained'}; reading both stores")
     foreign_replies = site.logged("redis.foreign_reply")
+    ledger.unexpected += site.deaths
+    if not foreign_replies and any("replies-planted" in window.names for window in windows):
+        ledger.unexpected.append("nobody noticed the planted replies")
     verdict = await check(site, ledger, drained=drained)
     found = seen(windows, ledger)
-    verdict.slow = limits_broken(found, options.lease_s)
-    return Outcome(options, ledger, windows, found, verdict, foreign_replies, seconds, drain_s)
+    verdict.slow = limits_broken(found, options.lease_s) + turned_away_in_peace(windows, ledger)
+    return Outcome(options, ledger, windows, found, verdict, foreign_replies, site.restarts, seconds, drain_s)
 
 
 def _schedule(options: Options, chance: Random) -> Iterator[tuple[str, ...]]:
@@ -87,6 +98,20 @@ def _schedule(options: Options, chance: Random) -> Iterator[tuple[str, ...]]:
             partner = order[index - 1]
             together = chance.random() < options.together and go_together(name, partner)
             yield (name, partner) if together else (name,)
+
+
+async def _stop(site: Site, ledger: Ledger, drained: bool) -> None:
+    """Ends all pods and workers: nobody writes any more while both stores are compared."""
+    for processes in (site.pods, site.workers):
+        if not drained:
+            # They would try for long to store what they have not been able to.
+            for process in processes:
+                site.kill(process)
+            continue
+        for status in await asyncio.gather(*(site.stop(process) for process in processes)):
+            # One that was started a moment ago may not listen to signals yet.
+            if status not in (0, -signal.SIGTERM):
+                ledger.unexpected.append(f"a process that was told to stop ended with {status}")
 
 
 async def _drain(site: Site, limit_s: float) -> tuple[bool, float]:

@@ -3,9 +3,11 @@
 import asyncio
 import json
 import signal
+import subprocess
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
+from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,7 +25,8 @@ from tests.support.serving import ADMIN, ROOT, GatewayProcess, wait_for
 GRAPHS = Path(__file__).parent / "graphs" / "langgraph.json"
 AGENTS: dict[str, int] = {"usual": 1800, "brief": 1}
 """The agents by name, and how long their sessions stay in Redis after their last turn, in seconds."""
-TOKEN_LENGTH = 12
+STARTS_S = 20.0
+"""How long a process may take to start, or to find that it cannot."""
 
 
 class Site:
@@ -44,7 +47,10 @@ class Site:
         self.pods: list[GatewayProcess] = []
         self.workers: list[GatewayProcess] = []
         self.up: list[bool] = []
+        self.restarts = 0
+        self.deaths: list[str] = []
         self._wanted: set[GatewayProcess] = set()
+        self._spawned_at: dict[GatewayProcess, float] = {}
         self._chance = chance
         self._source = options.source or ROOT
         self._stack = AsyncExitStack()
@@ -77,6 +83,8 @@ class Site:
             self.workers.append(await self._process("worker", f"worker-{index + 1}"))
         self.up = [False] * len(self.pods)
         self._wanted = {*self.pods, *self.workers}
+        for process in self._wanted:
+            self._spawn(process)
         for task in (asyncio.create_task(self._watch()), asyncio.create_task(self._supervise())):
             self._stack.callback(task.cancel)
         await wait_for(lambda: all(self.up), "every pod is ready", 30)
@@ -115,11 +123,19 @@ class Site:
             process.kill()
 
     async def put_agent(self, name: str, hot_ttl_s: int) -> None:
-        """Makes an agent, or changes how long its sessions stay in Redis."""
+        """Makes an agent, or changes how long its sessions stay in Redis; asks until it is done, for a store may be away."""
         body = {"graph": "recall", "rate_limit": None, "hot_ttl_s": hot_ttl_s, "if_busy": "queue"}
-        pod = self.pods[self.up.index(True) if any(self.up) else 0]
-        answer = await self.http.put(f"{pod.url}/api/agents/{name}", json=body, headers=ADMIN)
-        assert answer.status_code in (200, 201), answer.text
+
+        async def put() -> bool:
+            pod = self.pods[self.up.index(True) if any(self.up) else 0]
+            try:
+                answer = await self.http.put(f"{pod.url}/api/agents/{name}", json=body, headers=ADMIN)
+            except httpx.HTTPError:
+                return False
+            assert answer.status_code in (200, 201, 503), answer.text
+            return answer.is_success
+
+        await wait_for(put, f"the agent {name} is stored", 180)
 
     async def _watch(self) -> None:
         """Looks at /readyz as a balancer does: twice a second, down after one that fails or takes over a second."""
@@ -136,12 +152,20 @@ class Site:
         await asyncio.gather(*(look(index, pod) for index, pod in enumerate(self.pods)))
 
     async def _supervise(self) -> None:
-        """Starts what is wanted and does not run, as an orchestrator does: a process may find its stores away and end."""
+        """Starts what is wanted and does not run, as an orchestrator does: a process may find its stores away and end. One
+        that has worked has no reason to."""
         while True:
             for process in self._wanted:
-                if not process.started or process.process.poll() is not None:
-                    process.spawn()
+                if process.started and process.process.poll() is not None:
+                    self.restarts += 1
+                    if monotonic() - self._spawned_at[process] > STARTS_S:
+                        self.deaths.append(f"{process.log.stem} ended by itself with {process.process.returncode}")
+                    self._spawn(process)
             await asyncio.sleep(0.5)
+
+    def _spawn(self, process: GatewayProcess) -> None:
+        self._spawned_at[process] = monotonic()
+        process.spawn()
 
     def kill(self, process: GatewayProcess) -> None:
         """SIGKILL; it stays down until it is revived."""
@@ -150,11 +174,15 @@ class Site:
         self._note_down(process)
 
     async def stop(self, process: GatewayProcess) -> int:
-        """SIGTERM, and waits for the end; the exit status. It stays down until it is revived."""
+        """SIGTERM, after a minute SIGKILL; the exit status. It stays down until it is revived."""
         self._wanted.discard(process)
         process.signal(signal.SIGTERM)
         self._note_down(process)
-        return await asyncio.to_thread(process.process.wait, 60)
+        try:
+            return await asyncio.to_thread(process.process.wait, 60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.process.returncode
 
     def _note_down(self, process: GatewayProcess) -> None:
         if process in self.pods:
@@ -162,6 +190,7 @@ class Site:
 
     async def revive(self, process: GatewayProcess) -> None:
         """Has the process run again; waits until a pod is ready."""
+        self._spawn(process)
         self._wanted.add(process)
         if process in self.pods:
             index = self.pods.index(process)

@@ -1,7 +1,7 @@
 """How long visitors had to wait because of a fault, and what is promised about that."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from tests.chaos.faults import FAULTS, Window
@@ -10,8 +10,11 @@ from tests.chaos.ledger import Conversation, Ledger, Message
 REDIS_BACK_S = 3.0
 """How long after Redis accepts connections again everybody is answered."""
 LEASE_SLACK_S = 1.0
+BUSY_S = 3.0
+"""What a busy machine may take where nobody is to notice anything."""
 REDIS = ("redis-killed", "redis-restarted")
-HARMLESS = ("worker-killed", "worker-stalled", "postgres-killed", "postgres-down")
+POSTGRES = ("postgres-killed", "postgres-down")
+HARMLESS = ("worker-killed", "worker-stalled", *POSTGRES)
 """Faults that no session in Redis may notice."""
 
 
@@ -35,37 +38,64 @@ def seen(windows: Sequence[Window], ledger: Ledger) -> list[Seen]:
     kinds["several at once"] = Seen("several at once")
     for window in windows:
         kinds[_kind(window)].times += 1
-    for conversation, message in ledger.messages():
-        met = _window_of(message, windows)
-        if met is None:
-            continue
-        kind = kinds[_kind(met)]
-        kind.answered += message.answer is not None
-        waited_s = _waited_s(met, message) if message.answer is not None else 0
-        if conversation.session_id in met.victims or set(met.names) & set(REDIS):
-            kind.hit_s = max(kind.hit_s, waited_s)
-        elif not _needs_postgres(conversation, message):
-            kind.others_s = max(kind.others_s, waited_s)
-            kind.turned_away.update(code or "cut off" for _, code, _ in message.failures)
+    for conversation in ledger.conversations:
+        for wait in _waits(conversation):
+            met = _window_of(wait, windows)
+            if met is None:
+                continue
+            kind = kinds[_kind(met)]
+            kind.answered += wait[-1].answer is not None
+            waited_s = _waited_s(met, wait)
+            if conversation.session_id in met.victims or set(met.names) & set(REDIS):
+                kind.hit_s = max(kind.hit_s, waited_s)
+            elif not (set(met.names) & set(POSTGRES) and _needs_postgres(conversation, wait[0])):
+                kind.others_s = max(kind.others_s, waited_s)
+                kind.turned_away.update(code or "cut off" for message in wait for _, code, _ in message.failures)
     return [kind for kind in kinds.values() if kind.times]
+
+
+def turned_away_in_peace(windows: Sequence[Window], ledger: Ledger) -> list[str]:
+    """Requests that were not answered although no fault was on."""
+    return [
+        f"{conversation.session_id} message {wait[0].number}: {wait[0].failures} while no fault was on"
+        for conversation in ledger.conversations
+        for wait in _waits(conversation)
+        if wait[0].failures and _window_of(wait, windows) is None
+    ]
+
+
+def _waits(conversation: Conversation) -> Iterator[list[Message]]:
+    """Each message that was answered, behind those before it that the visitor gave up: together they are one wait."""
+    wait: list[Message] = []
+    for message in conversation.messages:
+        wait.append(message)
+        if message.answer is not None:
+            yield wait
+            wait = []
+    if wait:
+        yield wait
 
 
 def _kind(window: Window) -> str:
     return window.names[0] if len(window.names) == 1 else "several at once"
 
 
-def _window_of(message: Message, windows: Sequence[Window]) -> Window | None:
-    """The fault that a message met: the one that made its first attempt fail, or in which it was sent."""
-    met_at = message.failures[0][0] if message.failures else message.sent_at
+def _window_of(wait: Sequence[Message], windows: Sequence[Window]) -> Window | None:
+    """The fault that a wait met: the one that made the first attempt fail, or in which it was sent."""
+    first = wait[0]
+    met_at = first.failures[0][0] if first.failures else first.sent_at
     return next((window for window in windows if window.began_at <= met_at <= window.ended_at), None)
 
 
-def _waited_s(window: Window, message: Message) -> float:
-    """Beyond its own work; with Redis away it counts from when Redis accepts connections again."""
-    waited_s = message.waited_s
+def _waited_s(window: Window, wait: Sequence[Message]) -> float:
+    """Beyond the answer's own work; with Redis away it counts from when Redis accepts connections again. Whoever never got
+    an answer waited until the last attempt failed."""
+    last = wait[-1]
+    until = last.answered_at if last.answer is not None else last.failures[-1][0] if last.failures else last.sent_at
+    since = wait[0].sent_at
     if set(window.names) & set(REDIS):
-        waited_s = min(waited_s, message.answered_at - window.mended_at - message.work_s)
-    return max(0.0, waited_s)
+        since = max(since, window.mended_at)
+    return max(0.0, until - since - last.work_s)
 
 
 def _needs_postgres(conversation: Conversation, message: Message) -> bool:
@@ -86,4 +116,6 @@ def limits_broken(kinds: Iterable[Seen], lease_s: float) -> list[str]:
             broken.append(
                 f"{kind.name}: requests of sessions that it did not hit were turned away: {dict(kind.turned_away)}"
             )
+        if (kind.name in HARMLESS or kind.name == "pod-killed") and kind.others_s > BUSY_S:
+            broken.append(f"{kind.name}: a session that it did not hit waited {kind.others_s:.1f} s")
     return broken

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +15,13 @@ from tests.chaos.site import Site
 from tests.support.rule import all_keys, breaches
 
 SESSIONS = (
-    "SELECT id, session_id, status, message_count, turns, context_data::text AS context, metadata::text AS metadata,"
-    " conversation_history::text AS history FROM agent_sessions"
+    "SELECT id, session_id, status, message_count, turns, minted, context_data::text AS context,"
+    " conversation_history::text AS history, agent_sessions::text AS whole FROM agent_sessions"
 )
-MESSAGES = "SELECT session_id, role, content, turn, seq FROM agent_messages ORDER BY session_id, seq"
+MESSAGES = (
+    "SELECT session_id, role, content, turn, turn_id::text, seq, message_id, agent_messages::text AS whole"
+    " FROM agent_messages ORDER BY session_id, seq"
+)
 
 
 @dataclass
@@ -40,7 +44,11 @@ class Verdict:
 async def check(site: Site, ledger: Ledger, *, drained: bool) -> Verdict:
     """Reads both stores whole."""
     verdict = Verdict(
-        foreign=list(ledger.foreign), out_of_order=list(ledger.out_of_order), unexpected=list(ledger.unexpected)
+        doubled=list(ledger.doubled),
+        foreign=list(ledger.foreign),
+        out_of_order=list(ledger.out_of_order),
+        left_over=list(ledger.left_over),
+        unexpected=list(ledger.unexpected),
     )
     connection = await asyncpg.connect(site.postgres.url)
     try:
@@ -50,6 +58,7 @@ async def check(site: Site, ledger: Ledger, *, drained: bool) -> Verdict:
             messages[row["session_id"]].append(row)
     finally:
         await connection.close()
+    stored = dict(sessions)
     for conversation in ledger.conversations:
         session = sessions.pop(conversation.session_id, None)
         rows = messages.pop(session["id"], []) if session else []
@@ -58,7 +67,7 @@ async def check(site: Site, ledger: Ledger, *, drained: bool) -> Verdict:
     for session_id, session in sessions.items():
         if session["message_count"] or messages.pop(session["id"], None):
             verdict.unexpected.append(f"{session_id} is in Postgres, and nobody has sent its messages")
-    await _check_redis(verdict, site, ledger, drained)
+    await _check_redis(verdict, site, ledger, stored, drained)
     return verdict
 
 
@@ -66,14 +75,22 @@ def _check_conversation(
     verdict: Verdict, conversation: Conversation, session: asyncpg.Record | None, rows: list[asyncpg.Record]
 ) -> None:
     where = conversation.session_id
-    if conversation.erased:
-        if session is not None:
-            verdict.unexpected.append(f"{where} was erased, and is in Postgres with {len(rows)} messages")
-        return
+    if session is not None:
+        _look_for_foreign(verdict, conversation, session, rows)
     questions = [row for row in rows if row["role"] == "user"]
     numbers = [int(row["content"].split()[1]) for row in questions]
+    turn_ids = {number: row["turn_id"] for number, row in zip(numbers, questions, strict=True)}
+    if conversation.erased:
+        # What was still on its way then may have opened it anew; nothing else may be in it.
+        if (session is not None and not conversation.doubtful()) or set(numbers) - conversation.doubtful():
+            verdict.unexpected.append(f"{where} was erased, and is in Postgres with messages {numbers}")
+        return
+    if session is None and conversation.token:
+        verdict.lost.append(f"{where} was opened, and is not in Postgres")
     answers = {row["turn"]: row["content"] for row in rows if row["role"] == "assistant"}
     texts = {number: answers.get(row["turn"]) for number, row in zip(numbers, questions, strict=True)}
+    if any(row["message_id"] != f"m{number}" for number, row in zip(numbers, questions, strict=True)):
+        verdict.unexpected.append(f"{where} has messages under other ids than theirs")
     _check_order(verdict, where, rows)
     sent = {message.number: message for message in conversation.messages}
     for number, times in Counter(numbers).items():
@@ -86,8 +103,10 @@ def _check_conversation(
     for message in conversation.answered():
         if message.number not in texts:
             verdict.lost.append(f"{where} message {message.number} was answered and is not in Postgres")
-        elif texts[message.number] != message.answer:
-            verdict.lost.append(f"{where} message {message.number} was answered with another text than Postgres has")
+        elif (texts[message.number], turn_ids[message.number]) != (message.answer, message.turn_id):
+            verdict.lost.append(
+                f"{where} message {message.number} has another text, or another turn, in Postgres than was answered"
+            )
     answered = [message.number for message in conversation.answered()]
     if [number for number in numbers if number in answered] != answered and set(answered) <= set(numbers):
         verdict.out_of_order.append(f"{where}: answered {answered}, stored {numbers}")
@@ -112,19 +131,28 @@ def _check_session(
         verdict.out_of_order.append(f"{where} counts {session['message_count']} messages and has {len(rows)}")
     if rows and json.loads(session["context"])["turns"] != len(rows) // 2:
         verdict.out_of_order.append(f"{where}: its context is {session['context']}, its turns are {len(rows) // 2}")
-    if conversation.ended:
-        if session["status"] != "ended":
-            verdict.lost.append(f"{where} was ended and is {session['status']}")
-        elif len(json.loads(session["history"])) != len(rows):
-            verdict.lost.append(f"{where} has {len(rows)} messages and another number in its conversation_history")
-    everything = " ".join(
-        [row["content"] for row in rows] + [session["context"], session["metadata"], session["history"] or ""]
-    )
+    if session["minted"] != bool(conversation.token):
+        verdict.unexpected.append(f"{where} has lost its token, or has got one: minted is {session['minted']}")
+    if session["status"] != ("ended" if conversation.ended else "active"):
+        verdict.lost.append(f"{where} is {session['status']}; that it has ended was {conversation.ended}")
+    elif conversation.ended:
+        history = [(one["role"], one["content"]) for one in json.loads(session["history"])]
+        if history != [(row["role"], row["content"]) for row in rows]:
+            verdict.lost.append(f"{where} has {len(rows)} messages and others in its conversation_history")
+
+
+def _look_for_foreign(
+    verdict: Verdict, conversation: Conversation, session: asyncpg.Record, rows: list[asyncpg.Record]
+) -> None:
+    where = conversation.session_id
+    everything = " ".join(row["whole"] for row in (session, *rows))
     for secret in set(SECRET.findall(everything)) - {conversation.secret}:
         verdict.foreign.append(f"{where} holds {secret} in Postgres")
 
 
-async def _check_redis(verdict: Verdict, site: Site, ledger: Ledger, drained: bool) -> None:
+async def _check_redis(
+    verdict: Verdict, site: Site, ledger: Ledger, stored: Mapping[str, asyncpg.Record], drained: bool
+) -> None:
     records, pending = await site.waiting()
     if not drained or records or pending:
         verdict.left_over.append(f"{records} records on the outbox, {pending} of them pending")
@@ -144,6 +172,9 @@ async def _check_redis(verdict: Verdict, site: Site, ledger: Ledger, drained: bo
             fields: Any = await site.client.hvals(key)
             values = b" ".join(fields).decode()
             session_id = key.partition(":session:")[2]
+            hot = [int(value or -1) for value in await site.client.hmget(key, ["turns", "flushed"])]
+            if session_id not in stored or hot != [stored[session_id]["turns"]] * 2:
+                verdict.lost.append(f"{session_id} has other turns in Redis than in Postgres: {hot}")
         elif ":events:" in key:
             entries: Any = await site.client.xrange(key)
             values = b" ".join(entry[b"events"] for _, entry in entries).decode()
@@ -153,5 +184,5 @@ async def _check_redis(verdict: Verdict, site: Site, ledger: Ledger, drained: bo
         own = {owners[session_id].secret} if session_id in owners else set()
         for secret in set(SECRET.findall(values)) - own:
             verdict.foreign.append(f"{session_id} holds {secret} in Redis")
-        if session_id in owners and owners[session_id].erased:
+        if session_id in owners and owners[session_id].erased and not owners[session_id].doubtful():
             verdict.unexpected.append(f"{session_id} was erased, and Redis has {key}")

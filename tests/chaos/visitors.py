@@ -1,34 +1,21 @@
 """Visitors: each holds one conversation after another, insists on its answers as the widget does, and checks them."""
 
 import asyncio
-import json
+from contextlib import suppress
+from dataclasses import replace
 from random import Random
 from time import monotonic
 from typing import Any
 
 import httpx
 
-from tests.chaos.graphs.recall import SECRET
+from tests.chaos.answers import REFUSALS, Answers, Told
 from tests.chaos.ledger import Agent, Conversation, Ledger, Message
 from tests.chaos.site import Site
-from tests.support.sse import TERMINAL, SseParser
+from tests.support.sse import SseParser
 
 TURNS = 20
 """Messages of a conversation at most: all of it stays within the history window, so that an answer tells what is missing."""
-REFUSALS = frozenset(
-    ("backlog_full", "queue_full", "turn_in_progress", "session_ended", "session_not_found", "agent_not_found")
-)
-"""Codes that say that the message was not answered, and will not be."""
-PASSING = REFUSALS | {
-    "redis_unavailable",
-    "postgres_unavailable",
-    "draining",
-    "turn_superseded",
-    "turn_lost",
-    "turn_timeout",
-    "turn_not_found",
-}
-"""Codes that a fault may cause; others are a breach."""
 
 
 class Unanswered(Exception):
@@ -45,6 +32,7 @@ class Visitors:
     def __init__(self, site: Site, ledger: Ledger) -> None:
         self._site = site
         self._ledger = ledger
+        self._answers = Answers(ledger)
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._flight = 0
@@ -67,7 +55,24 @@ class Visitors:
             self._ledger.unexpected.append(f"a visitor was not answered within {patience_s:g} s after the last fault")
             task.cancel()
         for task in done:
-            task.result()
+            if error := task.exception():
+                self._ledger.unexpected.append(f"a visitor could not go on: {error!r}")
+
+    async def look_again(self) -> None:
+        """Reads every transcript once more, when all is calm."""
+        at_once = asyncio.Semaphore(8)
+
+        async def look(conversation: Conversation) -> None:
+            # A connection that fell silent earlier may be found out only now.
+            async with at_once:
+                for _ in range(5):
+                    if await self._read_transcript(conversation, Random(conversation.secret)):
+                        return
+                self._ledger.unexpected.append(f"{conversation.session_id} cannot be read after the last fault")
+
+        await asyncio.gather(*(look(conversation) for conversation in self._ledger.conversations))
+
+    async def close(self) -> None:
         await self._http.aclose()
 
     async def _visit(self, number: int, chance: Random) -> None:
@@ -92,18 +97,43 @@ class Visitors:
             message = Message(number, text, work_ms / 1000, monotonic())
             conversation.messages.append(message)
             await self._insist(conversation, message, chance)
-            if chance.random() < 0.2:
+            if not conversation.known():
+                return
+            if message.answer is not None and chance.random() < 0.2:
                 await self._read_transcript(conversation, chance)
+            if chance.random() < 0.1:
+                await self._repeat(conversation, chance)
             # Longer than sessions of the agent `brief` stay in Redis, now and then.
             pause_s = 2.5 if conversation.agent == "brief" and chance.random() < 0.2 else chance.uniform(0, 0.4)
-            await self._pause(pause_s)
-        certain = not any(message.doubtful for message in conversation.messages)
+            # Who has given a message up comes at once with the next: until that is answered the session is unavailable.
+            if message.answer is not None:
+                await self._pause(pause_s)
         draw = chance.random()
         if draw < 0.25:
             conversation.ended = await self._close(conversation, "POST", "/end", chance)
-        elif draw < 0.5 and certain:
-            # A request that may still be on its way would open the session anew.
+            if conversation.ended:
+                await self._come_back(conversation, chance)
+        elif draw < 0.5:
             conversation.erased = await self._close(conversation, "DELETE", "", chance)
+            if conversation.erased:
+                await self._read_transcript(conversation, chance)
+
+    async def _repeat(self, conversation: Conversation, chance: Random) -> None:
+        """Sends a message again that has been answered, once."""
+        if answered := conversation.answered():
+            message = chance.choice(answered)
+            again = replace(message, pod=self._site.choose(chance))
+            with suppress(Unanswered, httpx.HTTPError):
+                body = await self._attempt(conversation, again, chance)
+                self._ledger.repeated += 1
+                self._answers.check_repeated(conversation, message, body)
+
+    async def _come_back(self, conversation: Conversation, chance: Random) -> None:
+        """Sends a message to a session that has ended, once: nobody may answer it, or store it."""
+        message = Message(0, f"{conversation.secret} 0 0", 0, monotonic(), pod=self._site.choose(chance))
+        with suppress(Unanswered, httpx.HTTPError):
+            await self._attempt(conversation, message, chance)
+            self._ledger.unexpected.append(f"{conversation.session_id} had ended, and was answered")
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -130,37 +160,39 @@ class Visitors:
 
     async def _close(self, conversation: Conversation, method: str, path: str, chance: Random) -> bool:
         """Ends or erases a session; whether that was answered. It is asked for until it is."""
+        # Nothing was ever answered, or it was erased by a request whose answer was lost.
+        may_be_absent = not conversation.known()
         while True:
             url = f"{self._url(chance)}/api/sessions/{conversation.session_id}{path}"
             try:
                 answer = await self._http.request(method, url, headers=self._headers(conversation))
                 if answer.is_success:
                     return True
-                if answer.status_code == 404:
-                    # Erased by a request whose answer was lost, or never there: no message of it was answered.
+                if answer.status_code == 404 and may_be_absent:
                     return method == "DELETE"
                 if not self._may_pass(answer, conversation):
                     return False
             except httpx.HTTPError:
                 pass
+            may_be_absent |= method == "DELETE"
             await asyncio.sleep(0.3)
 
-    async def _read_transcript(self, conversation: Conversation, chance: Random) -> None:
-        """Asks for the messages of the session, which must have all that has been answered, in order and once."""
-        answered = [message.number for message in conversation.answered()]
+    async def _read_transcript(self, conversation: Conversation, chance: Random) -> bool:
+        """Asks for the messages of the session; whether that was answered."""
+        known = conversation.known() and not conversation.erased
         url = f"{self._url(chance)}/api/sessions/{conversation.session_id}/messages?limit=100"
         try:
             answer = await self._http.get(url, headers=self._headers(conversation))
         except httpx.HTTPError:
-            return
-        self._look_for_foreign(conversation, answer.text)
-        if answer.status_code != 200:
-            if answered or answer.json()["code"] != "session_not_found":
-                self._may_pass(answer, conversation)
-            return
-        found = [int(one["content"].split()[1]) for one in answer.json()["messages"] if one["role"] == "user"]
-        if [number for number in found if number in answered] != answered:
-            self._ledger.out_of_order.append(f"{conversation.session_id}: answered {answered}, its transcript has {found}")
+            return False
+        self._answers.look_for_foreign(conversation, answer.text)
+        if answer.status_code == 200:
+            self._answers.check_transcript(conversation, answer.json()["messages"])
+            return True
+        if answer.status_code == 404 and not known:
+            return True
+        self._may_pass(answer, conversation)
+        return False
 
     async def _insist(self, conversation: Conversation, message: Message, chance: Random) -> None:
         """Sends a message until it is answered; gives some up that were neither answered nor refused."""
@@ -179,13 +211,17 @@ class Visitors:
                 except Unanswered as error:
                     message.failures.append((monotonic(), error.code, message.pod))
                     message.doubtful |= error.code not in REFUSALS
-                    if error.code == "session_ended" or (chance.random() < 0.05 and not self._stopping.is_set()):
+                    gives_up = chance.random() < 0.05 and not self._stopping.is_set()
+                    # Whether Postgres has a session of this id cannot be known now: the visitor tries with another one.
+                    unopened = error.code == "postgres_unavailable" and not conversation.known()
+                    if error.code == "session_ended" or unopened or gives_up:
                         return
-                    await asyncio.sleep(chance.uniform(0.05, 0.3))
+                    # Whose turn has died with its pod need not wait any more: its lease is over.
+                    await asyncio.sleep(0 if error.code == "turn_lost" else chance.uniform(0.05, 0.3))
                     continue
                 message.answered_at = monotonic()
-                message.answer = body["response"]
-                self._check(conversation, message, body)
+                message.answer, message.turn_id = body["response"], body["metadata"]["turn_id"]
+                self._answers.check(conversation, message, body)
                 return
         finally:
             del self._ledger.in_flight[flight]
@@ -222,7 +258,7 @@ class Visitors:
         url = f"{self._site.pods[message.pod].url}/api/chat/{conversation.agent}/message"
         headers = self._headers(conversation)
         answer = await self._http.post(url, json=self._body(conversation, message), headers=headers)
-        self._look_for_foreign(conversation, answer.text)
+        self._answers.look_for_foreign(conversation, answer.text)
         if answer.status_code == 200:
             found: dict[str, Any] = answer.json()
             return found
@@ -234,72 +270,43 @@ class Visitors:
         site, headers = self._site, self._headers(conversation)
         url = f"{site.pods[message.pod].url}/api/chat/{conversation.agent}/stream"
         body: dict[str, Any] | None = self._body(conversation, message)
-        turn_id, cursor, resumes = "", "", 0
+        told = Told(self._ledger, conversation, message)
         while True:
             parser, method = SseParser(), "POST" if body else "GET"
             try:
                 async with self._http.stream(method, url, json=body, headers=headers) as answer:
                     if answer.status_code != 200:
                         await answer.aread()
-                        self._look_for_foreign(conversation, answer.text)
+                        self._answers.look_for_foreign(conversation, answer.text)
                         self._may_pass(answer, conversation)
                         raise Unanswered(answer.json()["code"] if method == "POST" else "")
                     async for chunk in answer.aiter_raw():
-                        self._look_for_foreign(conversation, chunk.decode(errors="replace"))
+                        self._answers.look_for_foreign(conversation, chunk.decode(errors="replace"))
                         for event in parser.feed(chunk):
-                            cursor = event.id
-                            if event.kind == "turn.started":
-                                turn_id = event.data["turn_id"]
-                                if self.cancel_share and chance.random() < self.cancel_share:
-                                    raise httpx.ReadError("the visitor's own network broke off")
-                            elif event.kind == "turn.completed":
-                                completed: dict[str, Any] = event.data
-                                return completed
-                            elif event.kind in TERMINAL:
-                                self._may_pass_code(str(event.data.get("code", event.kind)), conversation)
-                                raise Unanswered
+                            told.add(event)
+                            if event.kind == "turn.started" and self.cancel_share and chance.random() < self.cancel_share:
+                                raise httpx.ReadError("the visitor's own network broke off")
             except httpx.HTTPError:
-                if not turn_id or resumes == 5:
+                if not told.turn_id:
                     raise
+            if told.end is not None:
+                break
             # The stream broke off after the turn had begun.
-            resumes += 1
+            if told.resumed == 5:
+                raise Unanswered
+            told.resumed += 1
             self._ledger.resumed += 1
             await asyncio.sleep(0.1)
             body = None
-            headers = {**self._headers(conversation), "Last-Event-ID": cursor}
+            headers = {**self._headers(conversation), "Last-Event-ID": told.cursor}
             pod = site.pods[site.choose(chance)].url
-            url = f"{pod}/api/chat/{conversation.agent}/turns/{turn_id}/stream?session_id={conversation.session_id}"
+            url = f"{pod}/api/chat/{conversation.agent}/turns/{told.turn_id}/stream?session_id={conversation.session_id}"
+        if told.end.kind != "turn.completed":
+            code = str(told.end.data.get("code", told.end.kind))
+            self._answers.may_pass(code, conversation)
+            raise Unanswered(code)
+        completed: dict[str, Any] = told.end.data
+        return completed
 
     def _may_pass(self, answer: httpx.Response, conversation: Conversation) -> bool:
-        return self._may_pass_code(str(answer.json()["code"]), conversation)
-
-    def _may_pass_code(self, code: str, conversation: Conversation) -> bool:
-        """Whether a fault may be the cause of this answer; else it is written down."""
-        if code in PASSING or (code == "session_damaged" and conversation.damaged):
-            return True
-        self._ledger.unexpected.append(f"{conversation.session_id}: {code}")
-        return False
-
-    def _look_for_foreign(self, conversation: Conversation, text: str) -> None:
-        for secret in set(SECRET.findall(text)) - {conversation.secret}:
-            self._ledger.foreign.append(f"{conversation.session_id} was shown {secret}")
-
-    def _check(self, conversation: Conversation, message: Message, body: dict[str, Any]) -> None:
-        """Whether the graph was given all that had been answered before, in order and once."""
-        self._look_for_foreign(conversation, json.dumps(body))
-        where = f"{conversation.session_id} message {message.number}"
-        known = json.loads(body["response"])
-        earlier = known["earlier"]
-        before = [
-            other.number for other in conversation.answered() if other is not message and other.answered_at < message.sent_at
-        ]
-        if known["number"] != message.number:
-            self._ledger.out_of_order.append(f"{where}: was given the answer to {known['number']}")
-        if [number for number in earlier if number in before] != before:
-            self._ledger.out_of_order.append(f"{where}: the graph was given {earlier}, answered were {before}")
-        if known["turns"] != len(earlier):
-            self._ledger.out_of_order.append(
-                f"{where}: the context knows {known['turns']} turns, the history {len(earlier)}"
-            )
-        if body["metadata"]["session_id"] != conversation.session_id:
-            self._ledger.foreign.append(f"{where}: the answer names another session")
+        return self._answers.may_pass(str(answer.json()["code"]), conversation)

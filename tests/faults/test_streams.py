@@ -255,7 +255,7 @@ async def test_a_paused_pod_that_wakes_up_commits_nothing(
     processes: Processes, clients: list[httpx.AsyncClient], put_agent: PutAgent
 ) -> None:
     """Two pauses with 25 sessions each: fifty rounds."""
-    await put_agent("slow", config={"chunks": 4, "delay_ms": 700})
+    await put_agent("slow", config={"chunks": 4, "delay_ms": 1500})
     sleeper = await processes.start(GATEWAY_LEASE_S="1")
     async with httpx.AsyncClient(base_url=sleeper.url, timeout=40) as client:
         for _ in range(2):

@@ -30,6 +30,7 @@ class Link:
         self._writers: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
         self._clients: set[asyncio.StreamWriter] = set()
+        self._muted: set[asyncio.StreamWriter] = set()
         self.lose_replies = 0
         self.cut_share = 0.0
         self.swallow_share = 0.0
@@ -54,7 +55,9 @@ class Link:
         self._flowing.set()
 
     def heal(self) -> None:
-        """Ends every trouble but what has happened to connections already."""
+        """Ends every trouble; a connection that has fallen silent is cut, so that nobody waits on it any more."""
+        for writer in self._muted:
+            writer.transport.abort()
         self.lose_replies = 0
         self.cut_share = self.swallow_share = self.plant_share = self.delay_s = 0.0
         self.thaw()
@@ -90,10 +93,9 @@ class Link:
         ends = {writer, there_writer}
         self._writers |= ends
         self._clients.add(writer)
-        muted = asyncio.Event()
         ways = [
-            asyncio.create_task(self._requests(reader, there_writer, writer, muted)),
-            asyncio.create_task(self._replies(there_reader, writer, muted)),
+            asyncio.create_task(self._requests(reader, there_writer, writer)),
+            asyncio.create_task(self._replies(there_reader, writer)),
         ]
         for task in ways:
             self._tasks.add(task)
@@ -101,23 +103,20 @@ class Link:
         await asyncio.wait(ways)
         self._writers -= ends
         self._clients.discard(writer)
+        self._muted.discard(writer)
 
     async def _requests(
-        self,
-        reader: asyncio.StreamReader,
-        server: asyncio.StreamWriter,
-        client: asyncio.StreamWriter,
-        muted: asyncio.Event,
+        self, reader: asyncio.StreamReader, server: asyncio.StreamWriter, client: asyncio.StreamWriter
     ) -> None:
         try:
             while data := await reader.read(65536):
                 await self._flowing.wait()
                 # No draw without need: a run from a seed stays the same with a fault more or less.
                 if self.swallow_share and self._chance.random() < self.swallow_share:
-                    muted.set()
+                    self._muted.add(client)
                 cut = self.cut_share and self._chance.random() < self.cut_share
                 if cut:
-                    muted.set()
+                    self._muted.add(client)
                 if self.plant_share and self._chance.random() < self.plant_share:
                     client.write(self.stray)
                 server.write(data)
@@ -131,7 +130,7 @@ class Link:
             # Closed, not aborted: what was written is still sent, so that a request that was cut off is carried out.
             server.close()
 
-    async def _replies(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter, muted: asyncio.Event) -> None:
+    async def _replies(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(65536):
                 await self._flowing.wait()
@@ -142,7 +141,7 @@ class Link:
                     self.overheard = data
                 if self.delay_s:
                     await asyncio.sleep(self._chance.uniform(0, self.delay_s))
-                if muted.is_set():
+                if client in self._muted:
                     continue
                 client.write(data)
                 await client.drain()
