@@ -223,7 +223,9 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
         text = whole;
         paint(true);
         entry.meta.textContent = '';
-        announce(`${t.agent} ${whole}`);
+        // What is read out are the words, not their Markdown; the end of a very long answer may be on its way still.
+        const shown = /** @type {HTMLElement | null} */ (entry.node.querySelector('.text'));
+        announce(`${t.agent} ${shown?.innerText || whole}`);
       },
       /** Ended without an answer: what was said so far is shown as stopped, or not at all. @param {boolean} keep @returns {boolean} whether it is shown */
       drop(keep) {

@@ -81,7 +81,7 @@ header svg { width: 21px; height: 21px; }
 .text hr { border: 0; border-top: 1px solid var(--soft); opacity: .4; }
 .text code, .text pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .text code { direction: ltr; unicode-bidi: isolate; }
-.text code { padding: 1px 5px; border-radius: 5px; background: color-mix(in srgb, var(--ink) 9%, transparent); }
+.text code { padding: 1px 5px; border-radius: 5px; background: color-mix(in srgb, var(--ink) 9%, transparent); -webkit-box-decoration-break: clone; box-decoration-break: clone; }
 .text .wide { max-width: 100%; overflow-x: auto; scrollbar-width: thin; }
 .text .code { background: var(--well); border-radius: 10px; }
 .text tr:last-child td { border-bottom: 0; }
