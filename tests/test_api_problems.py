@@ -55,7 +55,7 @@ async def no_dead_letters(stores: Stores, flush: Flush, shop: None) -> AsyncIter
 
 
 async def test_an_unknown_address_is_404(client: httpx.AsyncClient) -> None:
-    for path in ("/nothing", "/api/chat/shop", "/api/sessions/session_1234567890_abc/nothing", "/api/chat//message"):
+    for path in ("/nothing", "/api/chat/shop/nothing", "/api/sessions/session_1234567890_abc/nothing", "/api/chat//message"):
         problem(await client.get(path), 404, "not_found")
 
 
