@@ -306,7 +306,12 @@ def stall_s(options: Options) -> float:
 
 def lasts_s(names: Sequence[str], options: Options) -> float:
     """The time that faults need at least, in seconds."""
-    long = {"postgres-down": outage_s(options), "worker-stalled": stall_s(options), "pod-stalled": 2 * options.lease_s}
+    long = {
+        "postgres-down": outage_s(options),
+        "worker-stalled": stall_s(options),
+        "pod-stalled": 2 * options.lease_s,
+        "pod-killed": options.lease_s + 2,
+    }
     return max(long.get(name, 2) for name in names)
 
 
@@ -325,7 +330,10 @@ async def inject(names: tuple[str, ...], site: Site, visitors: Visitors, ledger:
     await asyncio.gather(*(FAULTS[name](harm) for name, harm in harms.items()))
     window.mended_at = monotonic()
     await site.healthy()
-    # Whoever was refused asks again and is answered before the next fault comes.
-    await asyncio.sleep(2)
+    # Whoever was refused asks again and is answered before the next fault comes, which may hit the same session.
+    calm_at = window.mended_at + 2
+    if "pod-killed" in names:
+        calm_at = max(calm_at, window.began_at + site.options.lease_s + 2)
+    await asyncio.sleep(calm_at - monotonic())
     window.ended_at = monotonic()
     return window
