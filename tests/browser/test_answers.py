@@ -1,0 +1,145 @@
+"""What a model writes is shown as a safe subset of Markdown, and harms nothing."""
+
+import pytest
+from playwright.async_api import Dialog, expect
+
+from tests.browser.visits import Visit, Visitors
+from tests.support.spoken import Spoken
+
+ATTACKS = {
+    "an image with a handler": "<img src=x onerror=\"window.hurt = 'img'\">",
+    "a script": "<script>window.hurt = 'script'</script>",
+    "a vector image": '<svg onload="window.hurt = \'svg\'"><use href="data:image/svg+xml,x"></use></svg>',
+    "a frame": "<iframe srcdoc=\"<script>parent.hurt = 'frame'</script>\"></iframe>",
+    "a style": '<style>* { display: none !important }</style><b style="position:fixed;inset:0;z-index:99999999999">x</b>',
+    "a form": '<form action="http://thief.test"><input name=password><button>Log in</button></form>',
+    "a script link": "[click](javascript:window.hurt='link')",
+    "a script link in disguise": "[click](JaVaScRiPt&colon;window.hurt='link') [click](\x01java\tscript:window.hurt='tab')",
+    "a data link": "[click](data:text/html;base64,PHNjcmlwdD53aW5kb3cub3BlbmVyLmh1cnQ9MTwvc2NyaXB0Pg==)",
+    "a link that breaks out": '[click](http://example.com/"onmouseover="window.hurt=1)',
+    "an autolink": "<javascript:window.hurt='auto'>",
+    "a reference": "[click][1]\n\n[1]: javascript:window.hurt='reference'",
+    "an image link": "![x](javascript:window.hurt='image') ![x](http://thief.test/pixel.png)",
+    "mutation": "<math><mtext><table><mglyph><style><!--</style><img title=\"--><img src=1 onerror=window.hurt='mxss'>\">",
+    "clobbering": "<a id=body name=attributes></a><form id=test><input name=attributes></form>",
+}
+
+
+SLOW = ("*a **b " * 14_000, "[" * 50_000 + "](" * 25_000, "> " * 5_000, "`" * 99_999 + " x", "<" * 90_000)
+FORBIDDEN = ("script", "style", "iframe", "object", "embed", "form", "input", "base", "meta", "img", "math", "[style]")
+HANDLERS = """(log) => [...log.querySelectorAll('*')]
+  .flatMap((one) => [...one.attributes]).filter(({ name }) => name.startsWith('on')).length"""
+
+
+async def ask(visit: Visit, spoken: Spoken, answer: str, message: str = "Hello") -> None:
+    spoken.say(message, answer, None)
+    await visit.chat.say(message)
+    await expect(visit.chat.stop_button).to_be_hidden()
+    await expect(visit.chat.saying(message)).to_be_visible()
+
+
+@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
+async def test_an_answer_with_an_attack_harms_nothing(visitors: Visitors, shop: str, spoken: Spoken, attack: str) -> None:
+    visit = await visitors.go(shop)
+    dialogs: list[str] = []
+
+    async def dismiss(dialog: Dialog) -> None:
+        dialogs.append(dialog.message)
+        await dialog.dismiss()
+
+    visit.page.on("dialog", dismiss)
+    await visit.chat.open()
+    spoken.say("Hello", "Before. ", attack, "\n\nAfter.", None)
+    await visit.chat.say("Hello")
+    await expect(visit.chat.log).to_contain_text("After.")
+    await expect(visit.chat.stop_button).to_be_hidden()
+    links = visit.chat.log.get_by_role("link")
+    for link in await links.all():
+        address = await link.get_attribute("href")
+        assert address is not None
+        assert address.startswith(("http://", "https://", "mailto:")), address
+    assert await visit.chat.log.locator(", ".join(FORBIDDEN)).count() == 0
+    assert await visit.chat.log.evaluate(HANDLERS) == 0
+    for link in await links.all():
+        await link.hover()
+    # Again as a transcript.
+    await visit.page.reload()
+    await visit.chat.show()
+    await expect(visit.chat.log).to_contain_text("After.")
+    assert await visit.page.evaluate("window.hurt") is None
+    assert dialogs == []
+    assert [one.url for one in visit.requests if "thief.test" in one.url] == []
+
+
+async def test_what_the_visitor_writes_stays_text(visitors: Visitors, shop: str, spoken: Spoken) -> None:
+    visit = await visitors.go(shop)
+    await visit.chat.open()
+    written = '<img src=x onerror="window.hurt = 1"> **not bold**'
+    spoken.say(written, "I see", None)
+    await visit.chat.say(written)
+    await expect(visit.chat.saying("I see")).to_be_visible()
+    await expect(visit.chat.saying(written)).to_have_count(1)
+    assert await visit.page.evaluate("window.hurt") is None
+
+
+async def test_100_kb_of_text_are_shown_and_the_page_goes_on(visitors: Visitors, shop: str, spoken: Spoken) -> None:
+    visit = await visitors.go(shop)
+    await visit.chat.open()
+    lines = [f"Line {number} of a *very* long answer with `code`, {'w' * 40}." for number in range(1_250)]
+    text = "\n\n".join(lines) + "\n\nThe end."
+    assert len(text) > 100_000
+    spoken.say("Hello", *(text[at : at + 2_000] for at in range(0, len(text), 2_000)), None)
+    await visit.chat.say("Hello")
+    await expect(visit.chat.saying("The end.")).to_be_visible(timeout=30_000)
+    await ask(visit, spoken, "Still here", "And now?")
+    await expect(visit.chat.saying("Still here")).to_be_visible()
+    wide = await visit.chat.log.evaluate("(log) => log.scrollWidth - log.clientWidth")
+    assert wide <= 1, "it does not scroll sideways"
+
+
+async def test_100_kb_of_nested_marks_do_not_hang_the_page(visitors: Visitors, shop: str, spoken: Spoken) -> None:
+    """Nobody writes such a thing for a reader: what counts is that the page goes on, within the limits of `expect`."""
+    visit = await visitors.go(shop)
+    await visit.chat.open()
+    for number, evil in enumerate(SLOW):
+        message = f"Question {number}"
+        spoken.say(message, evil, None)
+        await visit.chat.say(message)
+        await spoken.has_started(message)
+        await expect(visit.chat.stop_button).to_be_hidden()
+        await visit.chat.begin_anew()
+        await expect(visit.chat.saying(message)).to_have_count(0)
+    await ask(visit, spoken, "Still here", "And now?")
+    await expect(visit.chat.saying("Still here")).to_be_visible()
+
+
+async def test_markdown_is_shown(visitors: Visitors, shop: str, spoken: Spoken) -> None:
+    visit = await visitors.go(shop)
+    await visit.chat.open()
+    answer = (
+        "## Plants\n\nSome **bold**, *soft* and `code`.\n\n- one\n- two\n\n1. first\n2. second\n\n"
+        "> said\n\n```python\nprint('<b>')\n```\n\n[our page](https://example.com/plants)\n\n"
+        "| a | b |\n|---|---|\n| 1 | 2 |\n"
+    )
+    await ask(visit, spoken, answer)
+    log = visit.chat.log
+    await expect(log.get_by_role("list")).to_have_count(2)
+    await expect(log.locator("strong")).to_have_text("bold")
+    await expect(log.locator("em")).to_have_text("soft")
+    await expect(log.locator("pre")).to_have_text("print('<b>')")
+    await expect(log.locator("blockquote")).to_contain_text("said")
+    link = log.get_by_role("link", name="our page")
+    await expect(link).to_have_attribute("href", "https://example.com/plants")
+    await expect(link).to_have_attribute("target", "_blank")
+    assert "noopener" in (await link.get_attribute("rel") or "")
+
+
+async def test_half_a_mark_in_the_middle_of_a_stream_hides_no_text(visitors: Visitors, shop: str, spoken: Spoken) -> None:
+    visit = await visitors.go(shop)
+    await visit.chat.open()
+    await visit.chat.say("Hello")
+    await spoken.has_started("Hello")
+    spoken.say("Hello", "Take **the blue p")
+    await expect(visit.chat.log).to_contain_text("the blue")
+    spoken.say("Hello", "ot** now", None)
+    await expect(visit.chat.log.locator("strong")).to_have_text("the blue pot")
