@@ -29,15 +29,16 @@ from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
 from gateway.api.widget import WidgetApi
 from gateway.auth import SessionTokens
-from gateway.limits import AddressLimiter
+from gateway.limits import Limiter, OpenStreams
 from gateway.metrics import Metrics
 from gateway.openapi import openapi_document
 from gateway.problems import Problem
+from gateway.proxies import ClientAddress
 from gateway.runtime import AgentRuntime, Graphs, load_graphs
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.turns import Turns
-from persistence.agents import AgentCopies
+from persistence.agents import AgentCopies, RateLimit
 from persistence.connection import Client, call, check_server, connect
 from persistence.errors import PersistenceError, PostgresUnavailable, RedisUnavailable
 from persistence.events import EventLogs, WakeUps
@@ -123,8 +124,14 @@ class Pod:
             queue_wait_s=settings.queue_wait_s,
         )
         self.runtime = AgentRuntime(stores.agents, self.turns)
-        limit = settings.address_limit
-        self.limiter = AddressLimiter(Limits(stores.scripts, stores.keys), *limit) if limit else None
+        self.limiter = Limiter(
+            Limits(stores.scripts, stores.keys),
+            self.metrics,
+            mode=settings.limit_mode,
+            address=RateLimit(*settings.address_limit) if settings.address_limit else None,
+            sessions=RateLimit(*settings.session_limit) if settings.session_limit else None,
+            refuse_on_failure=settings.limit_failure == "refuse",
+        )
         self.draining = False
         self.app = self._build(graphs, extra_routes)
 
@@ -134,6 +141,9 @@ class Pod:
         tokens = SessionTokens(keys, settings.token_ttl_s)
         gatekeeper = Gatekeeper(tokens, settings.admin_key)
         max_body_bytes = settings.max_body_bytes
+        open_streams = OpenStreams(
+            self.limiter, per_session=settings.max_streams_per_session, per_address=settings.max_streams_per_address
+        )
         table = endpoints(
             ChatApi(
                 stores.agents,
@@ -143,6 +153,7 @@ class Pod:
                 stores.logs,
                 gatekeeper,
                 self.limiter,
+                open_streams,
                 max_body_bytes=max_body_bytes,
                 max_message_chars=settings.max_message_chars,
             ),
@@ -155,6 +166,7 @@ class Pod:
                 gatekeeper,
                 tokens,
                 self.limiter,
+                open_streams,
                 max_body_bytes=max_body_bytes,
             ),
             AgentsApi(stores.agents, graphs, gatekeeper, max_body_bytes=max_body_bytes),
@@ -176,15 +188,16 @@ class Pod:
         return Starlette(
             routes=[*routes(table), Route("/openapi.json", openapi), *extra_routes],
             middleware=[
+                Middleware(ClientAddress, trusted=settings.trusted_networks),
                 # Websites call from anywhere; no cookie is ever read, and who may use an agent its allowed_domains say.
                 Middleware(
                     CORSMiddleware,
                     allow_origins=["*"],
                     allow_methods=["GET", "POST", "DELETE"],
                     allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-                    expose_headers=["Retry-After"],
+                    expose_headers=["Retry-After", "RateLimit", "RateLimit-Policy"],
                     max_age=600,
-                )
+                ),
             ],
             exception_handlers={
                 Problem: on_problem,
@@ -197,9 +210,10 @@ class Pod:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        background = [asyncio.create_task(self.wakeups.run(self.turns.cancel))]
-        if self.limiter is not None:
-            background.append(asyncio.create_task(self.limiter.run()))
+        background = [
+            asyncio.create_task(self.wakeups.run(self.turns.cancel)),
+            asyncio.create_task(self.limiter.run()),
+        ]
         await self.stores.copy_agents()
         log.info("pod.started", partitions=self.stores.keys.partitions)
         yield

@@ -144,8 +144,8 @@ async def serve_pod(pod: Pod) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies,
+        # What a proxy says is judged by gateway/proxies.py, which lets nothing through that is no address.
+        proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s) + 2,
     )

@@ -122,6 +122,8 @@ def _settings(options: DevOptions, variables: dict[str, str]) -> Settings:
             json.dump({"SECRET_KEY": secrets.token_urlsafe(32), "ADMIN_KEY": secrets.token_urlsafe(16)}, out)
     for name, value in json.loads(file.read_text()).items():
         variables.setdefault(f"GATEWAY_{name}", value)
+    # Everybody who opens a session comes from the same address here.
+    variables.setdefault("GATEWAY_ADDRESS_SESSION_LIMIT", "600/60")
     # There is no balancer to be given notice.
     variables.setdefault("GATEWAY_DRAIN_NOTICE_S", "0")
     return load_settings({**variables, "GATEWAY_PORT": str(options.port)})

@@ -1,57 +1,320 @@
-"""The limit of turns per client address, shared by all pods without costing a turn a round trip.
+"""Limits that no session has by itself: per client address, agent and website domain, over all pods and at no round trip.
 
-Each pod decides by what it knows and tells Redis in the background, several times a second, what it has let through;
-the answer is what all pods together have. So a limit can be overrun by what pods let through in that time, and if Redis
-cannot be reached each pod goes on with what it knows.
+Each pod decides by what it knows and tells Redis in the background, five times a second and all at once, what it has let
+through; what it learns is what all pods have. So a limit can be overrun by what pods let through in that time. If Redis
+cannot be reached each pod goes on with what it knows, or refuses after some seconds if it is set to.
+
+What always holds: a call is charged to all its buckets or, when one refuses it, to none; and what was charged for a call
+that no turn came of is given back. The limit of a session itself is judged by lua/begin.lua, which does the same.
 """
 
 import asyncio
-from time import monotonic
+import re
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from hashlib import sha256
+from ipaddress import IPv6Address, IPv6Network, ip_address
+from math import ceil, floor
+from secrets import token_hex
+from time import monotonic, time
+from typing import Literal, Self
 
 import structlog
 
-from gateway.problems import RateLimited
-from persistence.errors import RedisUnavailable
-from persistence.limits import Limits
+from gateway.metrics import Metrics
+from gateway.problems import AgentBusy, LimitsUnavailable, Problem, QuotaExhausted, RateLimited, TooManyStreams
+from persistence.agents import Agent, RateLimit
+from persistence.connection import retrieve
+from persistence.errors import PersistenceError
+from persistence.limits import DayTold, Learned, Limits, RateTold, RunningTold, Told
 
 log = structlog.get_logger()
 
+Mode = Literal["enforce", "shadow", "off"]
+
 SYNC_S = 0.2
+LOG_S = 1.0
+FAILED_S = 5.0
+"""With GATEWAY_LIMIT_FAILURE=refuse: for how long Redis may be away before calls are refused."""
+REMEMBERED = 50_000
+"""Buckets that a pod remembers, some 300 bytes each."""
+LOOKED_AT = 2_000
+"""Buckets that one step looks at for whether they can be forgotten."""
+SECOND_CHANCES = 8
+RUNNING_LIFE_MS = 5_000
+"""A pod that has said nothing for so long runs no turns."""
+MET_S = 60.0
+"""For how long a pod keeps in step with an agent's bounds when nobody asks for it."""
+DAY_S = 86_400
 
 
 class Bucket:
-    """One address: charged until `tat_s` (monotonic), of which `unsynced` turns are not in Redis yet."""
+    """One limit of messages in time, as this pod knows it (generic cell rate algorithm, ITU-T I.371).
 
-    __slots__ = ("tat_s", "unsynced")
+    Charged until `tat_s` (monotonic) and, without a gap, since `busy_since_s`; `untold` turns are not in Redis yet.
+    """
+
+    __slots__ = ("busy_since_s", "interval_s", "per_s", "tat_s", "untold")
+
+    def __init__(self, limit: RateLimit) -> None:
+        self.tat_s = 0.0
+        self.busy_since_s = 0.0
+        self.untold = 0
+        self.set(limit)
+
+    def set(self, limit: RateLimit) -> None:
+        """Takes another limit on: an operator may change it at any time."""
+        self.per_s: float = limit.per_s
+        self.interval_s = limit.per_s / limit.messages
+
+    def wait_s(self, now: float) -> float:
+        """How long until there is room for a turn; not positive when there is."""
+        return max(self.tat_s, now) + self.interval_s - self.per_s - now
+
+    def charge(self, now: float) -> None:
+        if self.tat_s <= now:
+            self.busy_since_s = self.tat_s = now
+        self.tat_s += self.interval_s
+        self.untold += 1
+
+    def give_back(self, charged_s: float) -> None:
+        """Takes back what was charged at `charged_s`. What has run empty since has given it back by itself."""
+        self.untold -= 1
+        if charged_s >= self.busy_since_s:
+            self.tat_s -= self.interval_s
+
+    def learn(self, ahead_ms: int, now: float) -> None:
+        """Follows what all pods have, and what of this one is not among it yet."""
+        self.tat_s = now + max(ahead_ms / 1000 + self.untold * self.interval_s, 0)
+
+
+class Bounds:
+    """An agent's turns that run now and those of today, on this pod and on the others."""
+
+    __slots__ = ("asked_s", "day", "day_ends_s", "learned_s", "meeting", "others", "running", "untold_day")
 
     def __init__(self) -> None:
-        self.tat_s = 0.0
-        self.unsynced = 0
+        self.running = 0
+        self.others = 0
+        self.learned_s = 0.0
+        self.day = 0
+        self.untold_day = 0
+        self.day_ends_s = monotonic() + DAY_S - time() % DAY_S
+        self.asked_s = monotonic()
+        self.meeting: asyncio.Task[None] | None = None
+
+    def elsewhere(self, now: float) -> int:
+        """Turns that run on other pods, as long as that can be true."""
+        return self.others if now - self.learned_s < RUNNING_LIFE_MS / 1000 else 0
+
+    def turn_day(self, now: float) -> None:
+        """Begins a new day at midnight (UTC)."""
+        if now >= self.day_ends_s:
+            self.day = self.untold_day = 0
+            self.day_ends_s += DAY_S
 
 
-class AddressLimiter:
-    """At most `messages` turns in `per_s` seconds from one address; a burst may take all of them at once."""
+class Limiter:
+    """The limits of a pod. `address` and `sessions` bound the turns and the new sessions of one client address."""
 
-    def __init__(self, limits: Limits, messages: int, per_s: int) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        metrics: Metrics,
+        *,
+        mode: Mode = "enforce",
+        address: RateLimit | None = None,
+        sessions: RateLimit | None = None,
+        refuse_on_failure: bool = False,
+    ) -> None:
+        self.mode = mode
+        self.address_limit = address
+        self.session_limit = sessions
         self._limits = limits
-        self._interval_s = per_s / messages
-        self._per_s = per_s
-        self._buckets: dict[str, Bucket] = {}
-        self._unsynced: set[str] = set()
+        self._metrics = metrics
+        self._refuse_on_failure = refuse_on_failure
+        self._pod = token_hex(8)
+        # Those charged last are at the end: who leaves first is who has not been heard of for longest.
+        self._buckets: OrderedDict[str, Bucket] = OrderedDict()
+        self._untold: set[str] = set()
+        self._bounds: dict[str, Bounds] = {}
+        self._failing_since: float | None = None
+        self._refused: Counter[str] = Counter()
+        self._logged_s = 0.0
 
-    def admit(self, address: str) -> None:
-        """Charges a turn to an address. Raises RateLimited; a refused turn costs nothing."""
+    # ------------------------------------------------------------------------------------------------------- admission
+
+    def check_address(self, ip_address: str) -> None:
+        """Refuses a call of an address that has no room, before anything else is done for it. Charges nothing."""
+        if self.mode != "enforce" or self.address_limit is None:
+            return
+        bucket = self._buckets.get(f"address:{network(ip_address)}")
+        if bucket is not None:
+            wait_s = bucket.wait_s(monotonic())
+            if wait_s > 1e-6:
+                self._refuse("address", _rate_limited("address", self.address_limit, wait_s))
+
+    async def meet(self, agent: Agent) -> None:
+        """Learns of an agent's bounds what all pods have, if this pod has not been asked for it lately."""
+        definition = agent.definition
+        if self.mode == "off" or (definition.max_running_turns is None and definition.turns_per_day is None):
+            return
+        bounds = self._bounds.get(agent.id)
+        if bounds is None:
+            bounds = self._bounds[agent.id] = Bounds()
+            bounds.meeting = asyncio.create_task(self._step({}, {agent.id: bounds}))
+            bounds.meeting.add_done_callback(retrieve)
+        bounds.asked_s = monotonic()
+        if bounds.meeting is not None:
+            await asyncio.wait({bounds.meeting})
+            bounds.meeting = None
+
+    def admit_turn(self, agent: Agent, ip_address: str, website_domain: str) -> "Admission":
+        """Charges a turn to all its buckets. Raises a Problem, and then has charged none."""
+        definition = agent.definition
+        claims: list[tuple[str, str, RateLimit]] = []
+        if self.address_limit is not None:
+            claims.append(("address", f"address:{network(ip_address)}", self.address_limit))
+        if definition.domain_rate_limit is not None:
+            claims.append(("domain", f"domain:{agent.id}:{_domain_name(website_domain)}", definition.domain_rate_limit))
+        if definition.agent_rate_limit is not None:
+            claims.append(("agent", f"agent:{agent.id}", definition.agent_rate_limit))
+        return self._admit(Admission(self, ip_address, agent), claims)
+
+    def admit_open(self, ip_address: str) -> "Admission":
+        """Charges the address for opening a session, which it may find. Raises RateLimited."""
+        claims = []
+        if self.address_limit is not None:
+            claims.append(("address", f"address:{network(ip_address)}", self.address_limit))
+        return self._admit(Admission(self, ip_address, None), claims)
+
+    def _admit(self, admission: "Admission", claims: list[tuple[str, str, RateLimit]]) -> "Admission":
+        if self.mode == "off":
+            return admission
         now = monotonic()
-        bucket = self._buckets.get(address)
+        self._require_redis(now)
+        charged = []
+        for name, key, limit in claims:
+            bucket = self._bucket(key, limit)
+            wait_s = bucket.wait_s(now)
+            if wait_s > 1e-6:
+                self._refuse(name, _rate_limited(name, limit, wait_s))
+            else:
+                charged.append((name, key, bucket))
+        if admission.agent is not None:
+            self._check_quota(admission.agent, now)
+            if self.mode == "enforce":
+                # Looked at again when the turn begins; here it costs no task and no line of the log.
+                self.check_running(admission.agent, now)
+        for name, key, bucket in charged:
+            self._charge(key, bucket, now)
+            admission.charged[name] = (key, bucket, now)
+        if admission.agent is not None:
+            admission.charge_day(now)
+        return admission
+
+    def _bucket(self, key: str, limit: RateLimit) -> Bucket:
+        """The bucket of that name, remembered from now on."""
+        bucket = self._buckets.get(key)
         if bucket is None:
-            bucket = self._buckets[address] = Bucket()
-        tat_s = max(bucket.tat_s, now) + self._interval_s
-        wait_s = tat_s - self._per_s - now
+            if len(self._buckets) >= REMEMBERED:
+                self._forget_one()
+            bucket = self._buckets[key] = Bucket(limit)
+        else:
+            bucket.set(limit)
+        return bucket
+
+    def _forget_one(self) -> None:
+        """Makes room in a flood of addresses: who has not called for longest is forgotten, and learned anew from Redis if it
+        calls again. Who has used up half of its limit is passed over, for a while."""
+        now = monotonic()
+        for _ in range(SECOND_CHANCES):
+            key = next(iter(self._buckets))
+            bucket = self._buckets[key]
+            if bucket.tat_s - now < bucket.per_s / 2:
+                break
+            self._buckets.move_to_end(key)
+        key, _ = self._buckets.popitem(last=False)
+        self._untold.discard(key)
+
+    def _charge(self, key: str, bucket: Bucket, now: float) -> None:
+        bucket.charge(now)
+        if key in self._buckets:
+            self._buckets.move_to_end(key)
+            self._untold.add(key)
+
+    def give_back(self, key: str, bucket: Bucket, charged_s: float) -> None:
+        """Undoes a charge."""
+        bucket.give_back(charged_s)
+        if self._buckets.get(key) is bucket:
+            self._untold.add(key)
+
+    def reserve(self, ip_address: str) -> tuple[str, Bucket, float] | None:
+        """Charges an address for a session that it is about to create. Raises RateLimited."""
+        if self.mode == "off" or self.session_limit is None:
+            return None
+        now = monotonic()
+        key = f"sessions:{network(ip_address)}"
+        bucket = self._bucket(key, self.session_limit)
+        wait_s = bucket.wait_s(now)
         if wait_s > 1e-6:
-            raise RateLimited("too many messages from this address", retry_after_s=wait_s)
-        bucket.tat_s = tat_s
-        bucket.unsynced += 1
-        self._unsynced.add(address)
+            self._refuse("sessions", _rate_limited("sessions", self.session_limit, wait_s))
+            return None
+        self._charge(key, bucket, now)
+        return key, bucket, now
+
+    def _check_quota(self, agent: Agent, now: float) -> None:
+        """Refuses a turn beyond those of today. Raises QuotaExhausted."""
+        quota, bounds = agent.definition.turns_per_day, self._bounds.get(agent.id)
+        if quota is None or bounds is None:
+            return
+        bounds.turn_day(now)
+        if bounds.day + bounds.untold_day >= quota:
+            left_s = bounds.day_ends_s - now
+            headers = rate_headers([("day", RateLimit(quota, DAY_S), 0, left_s)])
+            self._refuse("day", QuotaExhausted(retry_after_s=left_s, headers=headers))
+
+    def check_running(self, agent: Agent, now: float) -> None:
+        """Refuses a turn beyond those that may run at a time. Raises AgentBusy."""
+        bound, bounds = agent.definition.max_running_turns, self._bounds.get(agent.id)
+        if bound is not None and bounds is not None and bounds.running + bounds.elsewhere(now) >= bound:
+            self._refuse("running", AgentBusy(retry_after_s=1))
+
+    def bounds(self, agent: Agent) -> Bounds | None:
+        """What is known of the agent's bounds, if it has any."""
+        return self._bounds.get(agent.id)
+
+    def remaining(self, key: str, limit: RateLimit) -> tuple[int, float]:
+        """How many turns a bucket has room for, and the seconds until it is empty again."""
+        bucket = self._buckets.get(key)
+        ahead_s = max(bucket.tat_s - monotonic(), 0.0) if bucket is not None else 0.0
+        return left_of(limit, ahead_s), ahead_s
+
+    def refused_by_session(self, limit: RateLimit, wait_s: float) -> Problem:
+        """Counts a refusal by the session's own limit; what it is to the client."""
+        self.count("session")
+        return _rate_limited("session", limit, wait_s)
+
+    def refuse_stream(self, name: str, detail: str) -> None:
+        """Refuses a stream, or counts it. Raises TooManyStreams."""
+        self._refuse(name, TooManyStreams(detail, retry_after_s=5))
+
+    def _refuse(self, name: str, problem: Problem) -> None:
+        """Counts a refusal, and raises it unless it is only to be counted."""
+        self.count(name)
+        if self.mode == "enforce":
+            raise problem
+
+    def count(self, name: str) -> None:
+        """Counts what a limit has refused, or would have."""
+        self._metrics.limited.labels(name, self.mode).inc()
+        self._refused[name] += 1
+
+    def _require_redis(self, now: float) -> None:
+        if self._refuse_on_failure and self._failing_since is not None and now - self._failing_since > FAILED_S:
+            self._refuse("unavailable", LimitsUnavailable(retry_after_s=2))
+
+    # ------------------------------------------------------------------------------------------------------- the step
 
     async def run(self) -> None:
         """Keeps in step with Redis until cancelled."""
@@ -60,18 +323,301 @@ class AddressLimiter:
             await self.sync()
 
     async def sync(self) -> None:
-        """Tells Redis what was let through; learns what the other pods have; forgets addresses that are not charged."""
-        for address in list(self._unsynced):
-            bucket = self._buckets[address]
-            cost, bucket.unsynced = bucket.unsynced, 0
-            self._unsynced.discard(address)
-            try:
-                ahead_ms = await self._limits.charge(f"address:{address}", cost, self._interval_s * 1000)
-            except RedisUnavailable as error:
-                log.warning("limits.sync_failed", error=str(error))
-                continue
-            bucket.tat_s = max(bucket.tat_s, monotonic() + ahead_ms / 1000 + bucket.unsynced * self._interval_s)
+        """Tells Redis what was let through; learns what the other pods have; forgets what is empty."""
         now = monotonic()
-        self._buckets = {
-            address: bucket for address, bucket in self._buckets.items() if bucket.tat_s > now or address in self._unsynced
-        }
+        untold, self._untold = self._untold, set()
+        for agent_id, bounds in list(self._bounds.items()):
+            if now - bounds.asked_s > MET_S and not bounds.running and not bounds.untold_day:
+                del self._bounds[agent_id]
+        await self._step({key: self._buckets[key] for key in untold if key in self._buckets}, dict(self._bounds))
+        self._forget_empty()
+        self._log()
+
+    async def _step(self, buckets: Mapping[str, Bucket], bounds: Mapping[str, Bounds]) -> None:
+        told: dict[str, Told] = {}
+        for key, bucket in buckets.items():
+            told[key] = RateTold(bucket.untold, bucket.interval_s * 1000)
+            bucket.untold = 0
+        days = {}
+        for agent_id, one in bounds.items():
+            one.turn_day(monotonic())
+            told[f"running:{agent_id}"] = RunningTold(self._pod, one.running, RUNNING_LIFE_MS)
+            told[f"day:{agent_id}"] = DayTold(one.untold_day)
+            days[agent_id], one.untold_day = one.untold_day, 0
+        if not told:
+            return
+        learned, error = await self._limits.tell(told)
+        now = monotonic()
+        self._note(error, now)
+        for key, bucket in buckets.items():
+            if key in learned:
+                bucket.learn(learned[key].value, now)
+            else:
+                # Not told: it is part of the next step.
+                told_rate = told[key]
+                assert isinstance(told_rate, RateTold)
+                bucket.untold += told_rate.cost
+                if self._buckets.get(key) is bucket:
+                    self._untold.add(key)
+        for agent_id, one in bounds.items():
+            self._learn_bounds(one, days[agent_id], learned.get(f"running:{agent_id}"), learned.get(f"day:{agent_id}"), now)
+
+    @staticmethod
+    def _learn_bounds(bounds: Bounds, cost: int, running: Learned | None, day: Learned | None, now: float) -> None:
+        if running is not None:
+            bounds.others, bounds.learned_s = running.value, now
+        if day is not None:
+            bounds.day, bounds.day_ends_s = day.value, now + day.left_ms / 1000
+        else:
+            bounds.untold_day += cost
+
+    def _note(self, error: PersistenceError | None, now: float) -> None:
+        if error is None:
+            self._failing_since = None
+            return
+        if self._failing_since is None:
+            self._failing_since = now
+        log.warning("limits.sync_failed", error=str(error))
+
+    def _forget_empty(self) -> None:
+        now = monotonic()
+        for _ in range(min(LOOKED_AT, len(self._buckets))):
+            key = next(iter(self._buckets))
+            if self._buckets[key].tat_s <= now and key not in self._untold:
+                del self._buckets[key]
+            else:
+                self._buckets.move_to_end(key)
+
+    def _log(self) -> None:
+        """One line a second at most for what was refused: a flood must not become one of the log."""
+        now = monotonic()
+        if self._refused and now - self._logged_s >= LOG_S:
+            log.info("limits.refused", mode=self.mode, **self._refused)
+            self._refused.clear()
+            self._logged_s = now
+
+
+class Admission:
+    """A call that was let in: what it was charged, and what it holds until it ends."""
+
+    def __init__(self, limiter: Limiter, ip_address: str, agent: Agent | None) -> None:
+        self.agent = agent
+        self.charged: dict[str, tuple[str, Bucket, float]] = {}
+        self._limiter = limiter
+        self._ip_address = ip_address
+        self._day_ends_s: float | None = None
+        self._asked = False
+        self._holds = False
+        self._reserved: tuple[str, Bucket, float] | None = None
+        self._session_ahead_ms: int | None = None
+        self._settled = False
+
+    @property
+    def mode(self) -> Mode:
+        """How the session's own limit is to be judged."""
+        return self._limiter.mode
+
+    def charge_day(self, now: float) -> None:
+        """Counts the turn as one of today."""
+        bounds = self._limiter.bounds(self.agent) if self.agent is not None else None
+        if bounds is not None:
+            bounds.untold_day += 1
+            self._day_ends_s = bounds.day_ends_s
+
+    def hold(self) -> None:
+        """Takes a place among the agent's running turns. Raises AgentBusy."""
+        bounds = self._limiter.bounds(self.agent) if self.agent is not None else None
+        if self.agent is None or bounds is None or self._holds:
+            return
+        if not self._asked or self.mode == "enforce":
+            self._limiter.check_running(self.agent, monotonic())
+        self._asked = True
+        bounds.running += 1
+        self._holds = True
+
+    def let_go(self) -> None:
+        """Gives the place back."""
+        bounds = self._limiter.bounds(self.agent) if self.agent is not None else None
+        if self._holds and bounds is not None:
+            bounds.running -= 1
+        self._holds = False
+
+    def began(self, session_ahead_ms: int) -> None:
+        """Notes how far the session's own limit is charged now that the turn has begun."""
+        limit = self.agent.definition.rate_limit if self.agent is not None else None
+        if limit is not None and self.mode != "off":
+            self._session_ahead_ms = session_ahead_ms
+            if session_ahead_ms > limit.per_s * 1000:
+                self._limiter.count("session")
+
+    def limited(self, wait_s: float) -> Problem:
+        """The problem that a refusal by the session's own limit is."""
+        limit = self.agent.definition.rate_limit if self.agent is not None else None
+        return self._limiter.refused_by_session(limit or RateLimit(1, 1), wait_s)
+
+    def reserve_session(self) -> None:
+        """Charges the address for a session that is about to be created. Raises RateLimited."""
+        if self._reserved is None:
+            self._reserved = self._limiter.reserve(self._ip_address)
+
+    def session_created(self, created: bool) -> None:
+        """Keeps that charge, or gives it back: the session was there already."""
+        if self._reserved is not None and not created:
+            self._limiter.give_back(*self._reserved)
+        self._reserved = None
+
+    def settle(self, outcome: Literal["ran", "repeated", "refused"]) -> None:
+        """Ends the call. What was refused costs nothing; an answer given again costs the address, and nobody else."""
+        self.let_go()
+        self.session_created(False)
+        if self._settled:
+            return
+        self._settled = True
+        if outcome == "ran":
+            return
+        for name, charge in self.charged.items():
+            if outcome == "refused" or name != "address":
+                self._limiter.give_back(*charge)
+        bounds = self._limiter.bounds(self.agent) if self.agent is not None else None
+        if bounds is not None and bounds.day_ends_s == self._day_ends_s:
+            bounds.untold_day -= 1
+
+    def headers(self) -> dict[str, str]:
+        """RateLimit and RateLimit-Policy: what the client has left of its own. What others have left is not shown to it."""
+        found = []
+        address = self._limiter.address_limit
+        if "address" in self.charged and address is not None:
+            found.append(("address", address, *self._limiter.remaining(self.charged["address"][0], address)))
+        limit = self.agent.definition.rate_limit if self.agent is not None else None
+        if limit is not None and self._session_ahead_ms is not None:
+            ahead_s = self._session_ahead_ms / 1000
+            found.append(("session", limit, left_of(limit, ahead_s), ahead_s))
+        return rate_headers(found)
+
+
+class OpenStreams:
+    """The streams that are open on this pod, by session and by client address. A stream lives on one pod."""
+
+    def __init__(self, limiter: Limiter, *, per_session: int, per_address: int) -> None:
+        self._limiter = limiter
+        self._per_session = per_session
+        self._per_address = per_address
+        self._open: Counter[str] = Counter()
+
+    def enter(self, ip_address: str) -> "OpenStream":
+        """Counts a stream that is about to be opened. Raises TooManyStreams."""
+        stream = OpenStream(self)
+        if self._limiter.mode != "off":
+            key = f"address:{network(ip_address)}"
+            self._require(key, self._per_address, "streams_address", "too many open streams from this address")
+            self._add(stream, key)
+        return stream
+
+    def check(self, session_id: str) -> None:
+        """Refuses a stream of a session that has too many, before anything is done for it. Raises TooManyStreams."""
+        if self._limiter.mode != "off":
+            detail = "too many open streams of this session"
+            self._require(f"session:{session_id}", self._per_session, "streams_session", detail)
+
+    def join(self, stream: "OpenStream", session_id: str) -> None:
+        """Counts a stream to its session as well, once it is known that it may read it."""
+        if self._limiter.mode != "off":
+            self._add(stream, f"session:{session_id}")
+
+    def _require(self, key: str, most: int, name: str, detail: str) -> None:
+        if self._open[key] >= most:
+            self._limiter.refuse_stream(name, detail)
+
+    def _add(self, stream: "OpenStream", key: str) -> None:
+        self._open[key] += 1
+        stream.keys.append(key)
+
+    def leave(self, stream: "OpenStream") -> None:
+        """Counts a stream no more."""
+        for key in stream.keys:
+            self._open[key] -= 1
+            if self._open[key] <= 0:
+                del self._open[key]
+        stream.keys.clear()
+
+
+class OpenStream:
+    """One stream that is counted: until the end of the with block, unless it has been handed over."""
+
+    def __init__(self, streams: OpenStreams) -> None:
+        self.keys: list[str] = []
+        self._kept = True
+        self._streams = streams
+
+    def check(self, session_id: str) -> None:
+        """Raises TooManyStreams."""
+        self._streams.check(session_id)
+
+    def join(self, session_id: str) -> None:
+        """Counts it to a session that it may read."""
+        self._streams.join(self, session_id)
+
+    def leave(self) -> None:
+        """Ends it. Repeating it is harmless."""
+        self._streams.leave(self)
+
+    def hand_over(self) -> Callable[[], None]:
+        """Leaves it to the answer to end it, by what is returned."""
+        self._kept = False
+        return self.leave
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._kept:
+            self.leave()
+
+
+_WHOSE = {
+    "address": "too many messages from this address",
+    "sessions": "too many new sessions from this address",
+    "domain": "too many messages from this website",
+    "agent": "too many messages to this agent",
+    "session": "too many messages in this session",
+}
+
+
+def network(address: str) -> str:
+    """What one client has of addresses: an IPv4 address, or the /64 of an IPv6 address (RFC 6177: no site has less)."""
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        return "unknown"
+    if isinstance(parsed, IPv6Address):
+        return str(parsed.ipv4_mapped or IPv6Network((int(parsed) >> 64 << 64, 64)))
+    return str(parsed)
+
+
+def _rate_limited(name: str, limit: RateLimit, wait_s: float) -> RateLimited:
+    return RateLimited(_WHOSE[name], retry_after_s=wait_s, headers=rate_headers([(name, limit, 0, wait_s)]))
+
+
+def _domain_name(domain: str) -> str:
+    """A website domain as part of a key's name; one that is none, which a client made up, by its digest."""
+    if re.fullmatch(r"[a-z0-9._-]{1,253}", domain):
+        return domain
+    return f"~{sha256(domain.encode()).hexdigest()[:32]}" if domain else "-"
+
+
+def left_of(limit: RateLimit, ahead_s: float) -> int:
+    """How many turns there is room for in a limit that is charged for so long."""
+    return max(floor((limit.per_s - ahead_s) * limit.messages / limit.per_s + 1e-6), 0)
+
+
+def rate_headers(found: list[tuple[str, RateLimit, int, float]]) -> dict[str, str]:
+    """The fields of draft-ietf-httpapi-ratelimit-headers-11, for limits as (name, limit, turns left, seconds).
+
+    The seconds are those until all of a limit is there again or, when nothing of it is left, what Retry-After says.
+    """
+    if not found:
+        return {}
+    return {
+        "RateLimit-Policy": ", ".join(f'"{name}";q={limit.messages};w={limit.per_s}' for name, limit, _, _ in found),
+        "RateLimit": ", ".join(f'"{name}";r={left};t={max(ceil(seconds), 0)}' for name, _, left, seconds in found),
+    }

@@ -16,7 +16,7 @@ Domain = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
 class RateLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """At most `messages` turns per session in `per_s` seconds."""
+    """At most `messages` turns in `per_s` seconds; a burst may take all of them at once."""
 
     messages: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     per_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
@@ -27,6 +27,9 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     `graph` names a built-in graph or an entry of langgraph.json, `config` is handed to it. `history_window` counts
     messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any.
+
+    Limits, over all pods: `rate_limit` is per session, `domain_rate_limit` per website domain, `agent_rate_limit` for the
+    whole agent; `max_running_turns` at a time; `turns_per_day` by UTC days. Without `active` it answers nobody.
     """
 
     graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
@@ -38,6 +41,10 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     turn_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60
     if_busy: IfBusy = "queue"
     rate_limit: RateLimit | None = RateLimit(30, 60)
+    agent_rate_limit: RateLimit | None = None
+    domain_rate_limit: RateLimit | None = None
+    max_running_turns: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    turns_per_day: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
     require_token: bool = False
     active: bool = True
 

@@ -48,7 +48,8 @@ class Access(msgspec.Struct, frozen=True):
 
 
 class TurnPolicy(msgspec.Struct, frozen=True):
-    """What an agent sets for its turns. `hot_turns` bounds both the history given back and the hot window."""
+    """What an agent sets for its turns. `hot_turns` bounds both the history given back and the hot window; a rate limit
+    with `rate_shadow` refuses nothing."""
 
     hot_turns: int
     hot_ttl_s: int
@@ -56,6 +57,7 @@ class TurnPolicy(msgspec.Struct, frozen=True):
     max_waiting: int = 3
     rate_messages: int = 0
     rate_per_s: int = 60
+    rate_shadow: bool = False
 
 
 class NewSession(msgspec.Struct, frozen=True):
@@ -76,13 +78,14 @@ class NewSession(msgspec.Struct, frozen=True):
 
 class Begun(msgspec.Struct):
     """The turn holds the session. `now_ms` is Redis' clock, `turns` the newest ones, oldest first, the first numbered
-    `first`."""
+    `first`. The rate limit is charged for `rate_ahead_ms`: more than its whole time if it would have refused the turn."""
 
     fence: int
     now_ms: int
     session: Session
     first: int
     turns: list[Turn]
+    rate_ahead_ms: int = 0
 
 
 class Replay(msgspec.Struct):
@@ -214,6 +217,7 @@ class SessionStore:
                 "waiter_ms": WAITER_MS,
                 "rate_messages": policy.rate_messages,
                 "rate_ms": policy.rate_per_s * 1000,
+                "rate_shadow": int(policy.rate_shadow),
                 **self._room,
                 "ticket_ms": TICKET_MS,
                 "channel": self._keys.channel(session_id),
@@ -221,9 +225,9 @@ class SessionStore:
         )
         where = f"session {masked(session_id)}"
         match reply:
-            case ["begun", fence, now_ms, first, header, turns]:
+            case ["begun", fence, now_ms, first, header, turns, rate_ahead_ms]:
                 decoded = _turns(turns, first, where)
-                return Begun(int(fence), int(now_ms), decode_session(header, where), first, decoded)
+                return Begun(int(fence), int(now_ms), decode_session(header, where), first, decoded, rate_ahead_ms)
             case ["absent", ticket]:
                 return Absent(ticket)
             case ["replay", number, header, turn]:

@@ -73,6 +73,7 @@ def settings(redis_server: RedisServer, postgres_server: PostgresServer) -> Sett
         secret_key=SECRET_KEY,
         admin_key=ADMIN_KEY,
         address_rate_limit="off",
+        address_session_limit="off",
         drain_s=5,
     )
 

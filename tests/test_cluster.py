@@ -47,6 +47,7 @@ def settings(cluster: servers.RedisCluster, postgres_server: PostgresServer) -> 
         secret_key=SECRET_KEY,
         admin_key=ADMIN_KEY,
         address_rate_limit="off",
+        address_session_limit="off",
         drain_s=5,
     )
 

@@ -99,6 +99,15 @@ def test_a_misspelt_setting_is_named_with_the_one_that_was_meant() -> None:
         ("ADDRESS_RATE_LIMIT", "0/60"),
         ("ADDRESS_RATE_LIMIT", "600/0"),
         ("ADDRESS_RATE_LIMIT", "none"),
+        ("ADDRESS_SESSION_LIMIT", "60"),
+        ("ADDRESS_SESSION_LIMIT", "-1/60"),
+        ("MAX_STREAMS_PER_SESSION", "0"),
+        ("MAX_STREAMS_PER_ADDRESS", "many"),
+        ("LIMIT_MODE", "on"),
+        ("LIMIT_FAILURE", "open"),
+        ("TRUSTED_PROXIES", "balancer"),
+        ("TRUSTED_PROXIES", "10.0.0.0/40"),
+        ("TRUSTED_PROXIES", "10.0.0.1,*"),
         ("GRAPHS", "/nowhere/langgraph.json"),
         ("REDIS_URL", "http://127.0.0.1"),
         ("REDIS_URL", "127.0.0.1:6379"),
@@ -135,6 +144,15 @@ def test_the_limit_per_address_is_read_or_off() -> None:
     assert load_settings({}).address_limit == (600, 60)
     assert load_settings({"GATEWAY_ADDRESS_RATE_LIMIT": "10/1"}).address_limit == (10, 1)
     assert load_settings({"GATEWAY_ADDRESS_RATE_LIMIT": "off"}).address_limit is None
+    assert load_settings({}).session_limit == (60, 60)
+    assert load_settings({"GATEWAY_ADDRESS_SESSION_LIMIT": "off"}).session_limit is None
+
+
+def test_trusted_proxies_are_addresses_or_networks_or_all() -> None:
+    assert load_settings({}).trusted_networks == []
+    assert load_settings({"GATEWAY_TRUSTED_PROXIES": "*"}).trusted_networks is None
+    read = load_settings({"GATEWAY_TRUSTED_PROXIES": "10.1.2.3/8, 192.0.2.1,2001:db8::/32,"}).trusted_networks
+    assert [str(network) for network in read or ()] == ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32"]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:port", "127.0.0.1:99999", "127.0.0.1:1"])

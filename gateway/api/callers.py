@@ -24,9 +24,14 @@ class Caller:
         else:
             self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
         self.user_agent = (headers.get("user-agent") or _text(metadata, "user_agent", 10_000))[:MAX_USER_AGENT]
-        self.ip_address = request.client.host[:45] if request.client else ""
+        self.ip_address = client_address(request)
         scheme, _, credentials = headers.get("authorization", "").partition(" ")
         self.token = credentials.strip() if scheme.lower() == "bearer" else ""
+
+
+def client_address(request: Request) -> str:
+    """The client's IP address, as gateway/proxies.py has found it; empty when there is none."""
+    return request.client.host if request.client else ""
 
 
 def _text(metadata: dict[str, Any], name: str, longest: int) -> str:

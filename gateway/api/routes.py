@@ -84,7 +84,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             chat.resume,
             "Go on with the stream of a turn, behind Last-Event-ID",
             {200: AsyncIterator},
-            (*session, 422),
+            (*session, 422, 429),
             query=StreamQuery,
             guard="session",
         ),
@@ -113,7 +113,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             sessions.events,
             "Watch a session's turns as they happen",
             {200: AsyncIterator},
-            (*session, 422),
+            (*session, 422, 429),
             guard="session",
         ),
         Endpoint(

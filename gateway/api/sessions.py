@@ -11,10 +11,10 @@ from starlette.responses import Response
 from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper
+from gateway.api.callers import Caller, Gatekeeper, client_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.auth import SessionToken, SessionTokens
-from gateway.limits import AddressLimiter
+from gateway.limits import Admission, Limiter, OpenStreams
 from gateway.problems import (
     AgentInactive,
     ChannelNotAllowed,
@@ -25,7 +25,7 @@ from gateway.problems import (
     UserTokenInvalid,
 )
 from gateway.streams import Streams
-from gateway.turns import SessionId, existing, raise_refusal
+from gateway.turns import Outcome, SessionId, existing, raise_refusal
 from persistence.history import History
 from persistence.hydrator import Hydrator
 from persistence.postgres import SessionFilter
@@ -158,7 +158,8 @@ class SessionsApi:
         streams: Streams,
         gatekeeper: Gatekeeper,
         tokens: SessionTokens,
-        limiter: AddressLimiter | None,
+        limiter: Limiter,
+        open_streams: OpenStreams,
         *,
         max_body_bytes: int,
     ) -> None:
@@ -170,11 +171,13 @@ class SessionsApi:
         self._gatekeeper = gatekeeper
         self._tokens = tokens
         self._limiter = limiter
+        self._open_streams = open_streams
         self._max_body_bytes = max_body_bytes
         self._decoder = msgspec.json.Decoder(OpenBody)
 
     async def open(self, request: Request) -> Response:
         """POST /api/sessions"""
+        self._limiter.check_address(client_address(request))
         body = await read_body(request, self._decoder, self._max_body_bytes)
         check_text(body.metadata, "metadata")
         agent = await self._agents.load(body.agent_id)
@@ -190,8 +193,6 @@ class SessionsApi:
         caller = Caller(request, body.metadata)
         self._gatekeeper.require_domain(caller, agent)
         session_id = body.session_id or f"gs_{token_urlsafe(24)}"
-        if self._limiter is not None:
-            self._limiter.admit(caller.ip_address)
         new = NewSession(
             id=str(uuid7()),
             session_id=session_id,
@@ -206,7 +207,13 @@ class SessionsApi:
             hot_ttl_s=definition.hot_ttl_s,
         )
         authorized = body.session_id is not None and self._gatekeeper.authorized(caller, session_id, agent.id)
-        opened = await self._open(new, authorized)
+        admission = self._limiter.admit_open(caller.ip_address)
+        outcome: Outcome = "refused"
+        try:
+            opened = await self._open(new, authorized, admission)
+            outcome = "ran"
+        finally:
+            admission.settle(outcome)
         session = opened.session
         return answer(
             OpenedSession(
@@ -218,13 +225,17 @@ class SessionsApi:
                 started_at=session.started_at,
             ),
             201 if opened.created else 200,
+            admission.headers(),
         )
 
-    async def _open(self, new: NewSession, authorized: bool) -> Opened:
+    async def _open(self, new: NewSession, authorized: bool, admission: Admission) -> Opened:
         ticket = 0
         for _ in range(OPEN_ATTEMPTS):
+            if new.minted or ticket:
+                admission.reserve_session()
             outcome = await self._store.open(new, ticket=ticket, authorized=authorized)
             if isinstance(outcome, Opened):
+                admission.session_created(outcome.created)
                 return outcome
             if isinstance(outcome, Refused):
                 raise_refusal(outcome)
@@ -252,7 +263,11 @@ class SessionsApi:
         """GET /api/sessions/{session_id}/events"""
         session_id = _session_id(request)
         access = self._gatekeeper.access(request, session_id)
-        return event_stream(await self._streams.open_feed(session_id, access, read_cursor(request)))
+        with self._open_streams.enter(client_address(request)) as stream:
+            events = await self._streams.open_feed(session_id, access, read_cursor(request))
+            stream.check(session_id)
+            stream.join(session_id)
+            return event_stream(events, stream.hand_over())
 
     async def end(self, request: Request) -> Response:
         """POST /api/sessions/{session_id}/end"""

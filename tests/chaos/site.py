@@ -112,6 +112,7 @@ class Site:
             "GATEWAY_GRAPHS": str(GRAPHS),
             "GATEWAY_LEASE_S": str(self.options.lease_s),
             "GATEWAY_ADDRESS_RATE_LIMIT": "off",
+            "GATEWAY_ADDRESS_SESSION_LIMIT": "off",
             "GATEWAY_WORKER_NAME": name,
         }
         process = GatewayProcess(command, self.directory, environment, source=self._source)
