@@ -132,6 +132,9 @@ class Pod:
             sessions=RateLimit(*settings.session_limit) if settings.session_limit else None,
             refuse_on_failure=settings.limit_failure == "refuse",
         )
+        self.open_streams = OpenStreams(
+            self.limiter, per_session=settings.max_streams_per_session, per_address=settings.max_streams_per_address
+        )
         self.draining = False
         self.app = self._build(graphs, extra_routes)
 
@@ -141,9 +144,6 @@ class Pod:
         tokens = SessionTokens(keys, settings.token_ttl_s)
         gatekeeper = Gatekeeper(tokens, settings.admin_key)
         max_body_bytes = settings.max_body_bytes
-        open_streams = OpenStreams(
-            self.limiter, per_session=settings.max_streams_per_session, per_address=settings.max_streams_per_address
-        )
         table = endpoints(
             ChatApi(
                 stores.agents,
@@ -153,7 +153,7 @@ class Pod:
                 stores.logs,
                 gatekeeper,
                 self.limiter,
-                open_streams,
+                self.open_streams,
                 max_body_bytes=max_body_bytes,
                 max_message_chars=settings.max_message_chars,
             ),
@@ -166,7 +166,7 @@ class Pod:
                 gatekeeper,
                 tokens,
                 self.limiter,
-                open_streams,
+                self.open_streams,
                 max_body_bytes=max_body_bytes,
             ),
             AgentsApi(stores.agents, graphs, gatekeeper, max_body_bytes=max_body_bytes),

@@ -89,12 +89,28 @@ class Bucket:
 
 
 class Bounds:
-    """An agent's turns that run now and those of today, on this pod and on the others."""
+    """An agent's turns that run now and those of today, on this pod and on the others.
 
-    __slots__ = ("asked_s", "day", "day_ends_s", "learned_s", "meeting", "others", "running", "untold_day")
+    `asking` turns have a place as well, and ask for their sessions: each runs in a moment, or lets the place go.
+    """
+
+    __slots__ = (
+        "answered",
+        "asked_s",
+        "asking",
+        "day",
+        "day_ends_s",
+        "learned_s",
+        "meeting",
+        "others",
+        "running",
+        "untold_day",
+    )
 
     def __init__(self) -> None:
         self.running = 0
+        self.asking = 0
+        self.answered = asyncio.Event()
         self.others = 0
         self.learned_s = 0.0
         self.day = 0
@@ -280,6 +296,11 @@ class Limiter:
         if bound is not None and bounds is not None and bounds.running + bounds.elsewhere(now) >= bound:
             self._refuse("running", AgentBusy(retry_after_s=1))
 
+    def has_place(self, agent: Agent, bounds: Bounds) -> bool:
+        """Whether one more turn may ask for its session."""
+        bound = agent.definition.max_running_turns
+        return bound is None or bounds.running + bounds.asking + bounds.elsewhere(monotonic()) < bound
+
     def bounds(self, agent: Agent) -> Bounds | None:
         """What is known of the agent's bounds, if it has any."""
         return self._bounds.get(agent.id)
@@ -327,7 +348,7 @@ class Limiter:
         now = monotonic()
         untold, self._untold = self._untold, set()
         for agent_id, bounds in list(self._bounds.items()):
-            if now - bounds.asked_s > MET_S and not bounds.running and not bounds.untold_day:
+            if now - bounds.asked_s > MET_S and not (bounds.running or bounds.asking or bounds.untold_day):
                 del self._bounds[agent_id]
         await self._step({key: self._buckets[key] for key in untold if key in self._buckets}, dict(self._bounds))
         self._forget_empty()
@@ -407,7 +428,8 @@ class Admission:
         self._ip_address = ip_address
         self._day_ends_s: float | None = None
         self._asked = False
-        self._holds = False
+        self._bounds: Bounds | None = None
+        self._runs = False
         self._reserved: tuple[str, Bucket, float] | None = None
         self._session_ahead_ms: int | None = None
         self._settled = False
@@ -424,26 +446,47 @@ class Admission:
             bounds.untold_day += 1
             self._day_ends_s = bounds.day_ends_s
 
-    def hold(self) -> None:
-        """Takes a place among the agent's running turns. Raises AgentBusy."""
+    async def hold(self) -> None:
+        """Takes a place among the agent's running turns, to ask for the session with. Raises AgentBusy.
+
+        While the last places are with turns that ask for theirs, it waits for what comes of them.
+        """
         bounds = self._limiter.bounds(self.agent) if self.agent is not None else None
-        if self.agent is None or bounds is None or self._holds:
+        if self.agent is None or bounds is None or self._bounds is not None:
             return
-        if not self._asked or self.mode == "enforce":
+        if self.mode == "enforce":
+            while True:
+                self._limiter.check_running(self.agent, monotonic())
+                if self._limiter.has_place(self.agent, bounds):
+                    break
+                await bounds.answered.wait()
+        elif not self._asked:
             self._limiter.check_running(self.agent, monotonic())
         self._asked = True
-        bounds.running += 1
-        self._holds = True
+        bounds.asking += 1
+        self._bounds = bounds
 
     def let_go(self) -> None:
         """Gives the place back."""
-        bounds = self._limiter.bounds(self.agent) if self.agent is not None else None
-        if self._holds and bounds is not None:
-            bounds.running -= 1
-        self._holds = False
+        if self._bounds is not None:
+            if self._runs:
+                self._bounds.running -= 1
+            else:
+                self._answered(self._bounds)
+        self._bounds, self._runs = None, False
+
+    @staticmethod
+    def _answered(bounds: Bounds) -> None:
+        bounds.asking -= 1
+        bounds.answered.set()
+        bounds.answered = asyncio.Event()
 
     def began(self, session_ahead_ms: int) -> None:
-        """Notes how far the session's own limit is charged now that the turn has begun."""
+        """The turn runs; its session's own limit is charged so far."""
+        if self._bounds is not None:
+            self._bounds.running += 1
+            self._runs = True
+            self._answered(self._bounds)
         limit = self.agent.definition.rate_limit if self.agent is not None else None
         if limit is not None and self.mode != "off":
             self._session_ahead_ms = session_ahead_ms

@@ -153,7 +153,7 @@ class Admission(Protocol):
     @property
     def mode(self) -> Literal["enforce", "shadow", "off"]: ...
 
-    def hold(self) -> None: ...
+    async def hold(self) -> None: ...
 
     def let_go(self) -> None: ...
 
@@ -173,7 +173,7 @@ class Unlimited:
 
     mode: Literal["enforce", "shadow", "off"] = "enforce"
 
-    def hold(self) -> None:
+    async def hold(self) -> None:
         """Anybody may run."""
 
     def let_go(self) -> None:
@@ -376,7 +376,7 @@ class Turns:
         """Asks for the session once, with a place among the agent's running turns in hand."""
         request = turn.request
         try:
-            turn.admission.hold()
+            await turn.admission.hold()
         except Problem:
             turn.settled = not waited
             raise

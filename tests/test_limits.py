@@ -59,6 +59,13 @@ def count(call: Callable[[], object], tries: int) -> int:
     return let_through
 
 
+async def run(admission: Admission) -> None:
+    """Lets an admitted turn run."""
+    await admission.hold()
+    await asyncio.sleep(0)  # asks for its session
+    admission.began(0)
+
+
 def counted(one: Limiter) -> dict[tuple[str, str], float]:
     """What the metric says, by limit and mode."""
     found = [sample for metric in one._metrics.limited.collect() for sample in metric.samples]
@@ -390,18 +397,18 @@ async def test_turns_that_run_are_bounded_over_all_pods(stores: Stores) -> None:
     await one.meet(agent)
     turns = [one.admit_turn(agent, ADDRESS, "") for _ in range(2)]
     for turn in turns:
-        turn.hold()
+        await run(turn)
     await one.sync()
     await other.meet(agent)
     elsewhere = other.admit_turn(agent, ADDRESS, "")
-    elsewhere.hold()
+    await run(elsewhere)
     with pytest.raises(AgentBusy) as refused:
         other.admit_turn(agent, ADDRESS, "")
     assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (429, "agent_busy", 1)
     turns[0].settle("ran")
     await one.sync()
     await other.sync()
-    other.admit_turn(agent, ADDRESS, "").hold()
+    await run(other.admit_turn(agent, ADDRESS, ""))
     with pytest.raises(AgentBusy):
         other.admit_turn(agent, ADDRESS, "")
 
@@ -411,7 +418,7 @@ async def test_the_turns_of_a_dead_pod_do_not_count_for_ever(stores: Stores, mon
     dead, other = limiter(stores), limiter(stores)
     agent = agent_with(max_running_turns=1)
     await dead.meet(agent)
-    dead.admit_turn(agent, ADDRESS, "").hold()
+    await run(dead.admit_turn(agent, ADDRESS, ""))
     await dead.sync()
     await other.meet(agent)
     with pytest.raises(AgentBusy):
@@ -434,13 +441,53 @@ async def test_a_turn_that_waits_holds_no_place(stores: Stores) -> None:
     agent = agent_with(max_running_turns=1)
     await one.meet(agent)
     waits, runs = one.admit_turn(agent, ADDRESS, ""), one.admit_turn(agent, ADDRESS, "")
-    waits.hold()
+    await waits.hold()
     waits.let_go()
-    runs.hold()
+    await run(runs)
     with pytest.raises(AgentBusy):
-        waits.hold()
+        await waits.hold()
     runs.settle("ran")
-    waits.hold()
+    await waits.hold()
+
+
+@pytest.mark.parametrize("begins", [True, False])
+async def test_who_finds_the_last_place_with_a_turn_that_asks_waits_for_what_comes_of_it(
+    stores: Stores, begins: bool
+) -> None:
+    """A session that lets a message wait must not have others refused meanwhile."""
+    one = limiter(stores)
+    agent = agent_with(max_running_turns=1)
+    await one.meet(agent)
+    asks, next_one = one.admit_turn(agent, ADDRESS, ""), one.admit_turn(agent, ADDRESS, "")
+    await asks.hold()
+    held = asyncio.create_task(next_one.hold())
+    await asyncio.sleep(0)
+    assert not held.done()
+    if begins:
+        asks.began(0)
+        with pytest.raises(AgentBusy):
+            await held
+    else:
+        asks.let_go()
+        await held
+        next_one.began(0)
+        with pytest.raises(AgentBusy):
+            one.admit_turn(agent, ADDRESS, "")
+
+
+async def test_however_many_ask_at_once_no_more_than_the_bound_run(stores: Stores) -> None:
+    one = limiter(stores)
+    agent = agent_with(max_running_turns=3)
+    await one.meet(agent)
+
+    async def try_one() -> bool:
+        try:
+            await run(one.admit_turn(agent, ADDRESS, ""))
+        except AgentBusy:
+            return False
+        return True
+
+    assert sum(await asyncio.gather(*(try_one() for _ in range(50)))) == 3
 
 
 async def test_the_quota_of_a_day_is_counted_over_pods_and_restarts(stores: Stores) -> None:
@@ -497,7 +544,7 @@ async def test_in_shadow_all_is_counted_and_nothing_refused(stores: Stores) -> N
     await one.meet(agent)
     for _ in range(4):
         admission = one.admit_turn(agent, ADDRESS, "")
-        admission.hold()
+        await run(admission)
         admission.reserve_session()
         admission.session_created(True)
     assert counted(one) == {
@@ -522,7 +569,7 @@ async def test_switched_off_no_limit_is_looked_at(stores: Stores) -> None:
     await one.meet(agent)
     for _ in range(4):
         admission = one.admit_turn(agent, ADDRESS, "")
-        admission.hold()
+        await run(admission)
         admission.reserve_session()
     assert (counted(one), one._buckets, one._bounds) == ({}, {}, {})
 
