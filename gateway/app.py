@@ -29,8 +29,9 @@ from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
 from gateway.api.widget import WidgetApi
 from gateway.auth import SessionTokens
-from gateway.limits import Limiter, OpenStreams
+from gateway.limits import Limiter
 from gateway.metrics import Metrics
+from gateway.open_streams import OpenStreams
 from gateway.openapi import openapi_document
 from gateway.problems import Problem
 from gateway.proxies import ClientAddress

@@ -11,16 +11,15 @@ that no turn came of is given back. The limit of a session itself is judged by l
 import asyncio
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
-from ipaddress import IPv6Address, IPv6Network, ip_address
-from math import ceil, floor
 from secrets import token_hex
-from time import monotonic, time
-from typing import Literal, Self
+from time import monotonic
+from typing import Literal
 
 import structlog
 
+from gateway.buckets import DAY_S, RUNNING_LIFE_MS, Bounds, Bucket, left_of, network, rate_headers
 from gateway.metrics import Metrics
 from gateway.problems import AgentBusy, LimitsUnavailable, Problem, QuotaExhausted, RateLimited, TooManyStreams
 from persistence.agents import Agent, RateLimit
@@ -41,93 +40,8 @@ REMEMBERED = 50_000
 LOOKED_AT = 2_000
 """Buckets that one step looks at for whether they can be forgotten."""
 SECOND_CHANCES = 8
-RUNNING_LIFE_MS = 5_000
-"""A pod that has said nothing for so long runs no turns."""
 MET_S = 60.0
 """For how long a pod keeps in step with an agent's bounds when nobody asks for it."""
-DAY_S = 86_400
-
-
-class Bucket:
-    """One limit of messages in time, as this pod knows it (generic cell rate algorithm, ITU-T I.371).
-
-    Charged until `tat_s` (monotonic) and, without a gap, since `busy_since_s`; `untold` turns are not in Redis yet.
-    """
-
-    __slots__ = ("busy_since_s", "interval_s", "per_s", "tat_s", "untold")
-
-    def __init__(self, limit: RateLimit) -> None:
-        self.tat_s = 0.0
-        self.busy_since_s = 0.0
-        self.untold = 0
-        self.set(limit)
-
-    def set(self, limit: RateLimit) -> None:
-        """Takes another limit on: an operator may change it at any time."""
-        self.per_s: float = limit.per_s
-        self.interval_s = limit.per_s / limit.messages
-
-    def wait_s(self, now: float) -> float:
-        """How long until there is room for a turn; not positive when there is."""
-        return max(self.tat_s, now) + self.interval_s - self.per_s - now
-
-    def charge(self, now: float) -> None:
-        if self.tat_s <= now:
-            self.busy_since_s = self.tat_s = now
-        self.tat_s += self.interval_s
-        self.untold += 1
-
-    def give_back(self, charged_s: float) -> None:
-        """Takes back what was charged at `charged_s`. What has run empty since has given it back by itself."""
-        self.untold -= 1
-        if charged_s >= self.busy_since_s:
-            self.tat_s -= self.interval_s
-
-    def learn(self, ahead_ms: int, now: float) -> None:
-        """Follows what all pods have, and what of this one is not among it yet."""
-        self.tat_s = now + max(ahead_ms / 1000 + self.untold * self.interval_s, 0)
-
-
-class Bounds:
-    """An agent's turns that run now and those of today, on this pod and on the others.
-
-    `asking` turns have a place as well, and ask for their sessions: each runs in a moment, or lets the place go.
-    """
-
-    __slots__ = (
-        "answered",
-        "asked_s",
-        "asking",
-        "day",
-        "day_ends_s",
-        "learned_s",
-        "meeting",
-        "others",
-        "running",
-        "untold_day",
-    )
-
-    def __init__(self) -> None:
-        self.running = 0
-        self.asking = 0
-        self.answered = asyncio.Event()
-        self.others = 0
-        self.learned_s = 0.0
-        self.day = 0
-        self.untold_day = 0
-        self.day_ends_s = monotonic() + DAY_S - time() % DAY_S
-        self.asked_s = monotonic()
-        self.meeting: asyncio.Task[None] | None = None
-
-    def elsewhere(self, now: float) -> int:
-        """Turns that run on other pods, as long as that can be true."""
-        return self.others if now - self.learned_s < RUNNING_LIFE_MS / 1000 else 0
-
-    def turn_day(self, now: float) -> None:
-        """Begins a new day at midnight (UTC)."""
-        if now >= self.day_ends_s:
-            self.day = self.untold_day = 0
-            self.day_ends_s += DAY_S
 
 
 class Limiter:
@@ -153,6 +67,7 @@ class Limiter:
         # Those charged last are at the end: who leaves first is who has not been heard of for longest.
         self._buckets: OrderedDict[str, Bucket] = OrderedDict()
         self._untold: set[str] = set()
+        self._to_look_at: list[str] = []
         self._bounds: dict[str, Bounds] = {}
         self._failing_since: float | None = None
         self._refused: Counter[str] = Counter()
@@ -377,7 +292,7 @@ class Limiter:
                 # Not told: it is part of the next step.
                 told_rate = told[key]
                 assert isinstance(told_rate, RateTold)
-                bucket.untold += told_rate.cost
+                bucket.keep_untold(told_rate.cost, now)
                 if self._buckets.get(key) is bucket:
                     self._untold.add(key)
         for agent_id, one in bounds.items():
@@ -401,13 +316,15 @@ class Limiter:
         log.warning("limits.sync_failed", error=str(error))
 
     def _forget_empty(self) -> None:
+        """Looks at some of the buckets, and at all of them in turn: a flood must not make a step a long one."""
         now = monotonic()
-        for _ in range(min(LOOKED_AT, len(self._buckets))):
-            key = next(iter(self._buckets))
-            if self._buckets[key].tat_s <= now and key not in self._untold:
+        if not self._to_look_at:
+            self._to_look_at = list(self._buckets)
+        for key in self._to_look_at[-LOOKED_AT:]:
+            bucket = self._buckets.get(key)
+            if bucket is not None and bucket.tat_s <= now and key not in self._untold:
                 del self._buckets[key]
-            else:
-                self._buckets.move_to_end(key)
+        del self._to_look_at[-LOOKED_AT:]
 
     def _log(self) -> None:
         """One line a second at most for what was refused: a flood must not become one of the log."""
@@ -538,85 +455,6 @@ class Admission:
         return rate_headers(found)
 
 
-class OpenStreams:
-    """The streams that are open on this pod, by session and by client address. A stream lives on one pod."""
-
-    def __init__(self, limiter: Limiter, *, per_session: int, per_address: int) -> None:
-        self._limiter = limiter
-        self._per_session = per_session
-        self._per_address = per_address
-        self._open: Counter[str] = Counter()
-
-    def enter(self, ip_address: str) -> "OpenStream":
-        """Counts a stream that is about to be opened. Raises TooManyStreams."""
-        stream = OpenStream(self)
-        if self._limiter.mode != "off":
-            key = f"address:{network(ip_address)}"
-            self._require(key, self._per_address, "streams_address", "too many open streams from this address")
-            self._add(stream, key)
-        return stream
-
-    def check(self, session_id: str) -> None:
-        """Refuses a stream of a session that has too many, before anything is done for it. Raises TooManyStreams."""
-        if self._limiter.mode != "off":
-            detail = "too many open streams of this session"
-            self._require(f"session:{session_id}", self._per_session, "streams_session", detail)
-
-    def join(self, stream: "OpenStream", session_id: str) -> None:
-        """Counts a stream to its session as well, once it is known that it may read it."""
-        if self._limiter.mode != "off":
-            self._add(stream, f"session:{session_id}")
-
-    def _require(self, key: str, most: int, name: str, detail: str) -> None:
-        if self._open[key] >= most:
-            self._limiter.refuse_stream(name, detail)
-
-    def _add(self, stream: "OpenStream", key: str) -> None:
-        self._open[key] += 1
-        stream.keys.append(key)
-
-    def leave(self, stream: "OpenStream") -> None:
-        """Counts a stream no more."""
-        for key in stream.keys:
-            self._open[key] -= 1
-            if self._open[key] <= 0:
-                del self._open[key]
-        stream.keys.clear()
-
-
-class OpenStream:
-    """One stream that is counted: until the end of the with block, unless it has been handed over."""
-
-    def __init__(self, streams: OpenStreams) -> None:
-        self.keys: list[str] = []
-        self._kept = True
-        self._streams = streams
-
-    def check(self, session_id: str) -> None:
-        """Raises TooManyStreams."""
-        self._streams.check(session_id)
-
-    def join(self, session_id: str) -> None:
-        """Counts it to a session that it may read."""
-        self._streams.join(self, session_id)
-
-    def leave(self) -> None:
-        """Ends it. Repeating it is harmless."""
-        self._streams.leave(self)
-
-    def hand_over(self) -> Callable[[], None]:
-        """Leaves it to the answer to end it, by what is returned."""
-        self._kept = False
-        return self.leave
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._kept:
-            self.leave()
-
-
 _WHOSE = {
     "address": "too many messages from this address",
     "sessions": "too many new sessions from this address",
@@ -624,17 +462,6 @@ _WHOSE = {
     "agent": "too many messages to this agent",
     "session": "too many messages in this session",
 }
-
-
-def network(address: str) -> str:
-    """What one client has of addresses: an IPv4 address, or the /64 of an IPv6 address (RFC 6177: no site has less)."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return "unknown"
-    if isinstance(parsed, IPv6Address):
-        return str(parsed.ipv4_mapped or IPv6Network((int(parsed) >> 64 << 64, 64)))
-    return str(parsed)
 
 
 def _rate_limited(name: str, limit: RateLimit, wait_s: float) -> RateLimited:
@@ -646,21 +473,3 @@ def _domain_name(domain: str) -> str:
     if re.fullmatch(r"[a-z0-9._-]{1,253}", domain):
         return domain
     return f"~{sha256(domain.encode()).hexdigest()[:32]}" if domain else "-"
-
-
-def left_of(limit: RateLimit, ahead_s: float) -> int:
-    """How many turns there is room for in a limit that is charged for so long."""
-    return max(floor((limit.per_s - ahead_s) * limit.messages / limit.per_s + 1e-6), 0)
-
-
-def rate_headers(found: list[tuple[str, RateLimit, int, float]]) -> dict[str, str]:
-    """The fields of draft-ietf-httpapi-ratelimit-headers-11, for limits as (name, limit, turns left, seconds).
-
-    The seconds are those until all of a limit is there again or, when nothing of it is left, what Retry-After says.
-    """
-    if not found:
-        return {}
-    return {
-        "RateLimit-Policy": ", ".join(f'"{name}";q={limit.messages};w={limit.per_s}' for name, limit, _, _ in found),
-        "RateLimit": ", ".join(f'"{name}";r={left};t={max(ceil(seconds), 0)}' for name, _, left, seconds in found),
-    }

@@ -11,9 +11,11 @@ import httpx
 import msgspec
 import pytest
 
+from gateway import buckets
 from gateway import limits as limits_module
 from gateway.app import Stores, build_pod
-from gateway.limits import Admission, Bucket, Limiter, network, rate_headers
+from gateway.buckets import Bucket, network, rate_headers
+from gateway.limits import Admission, Limiter
 from gateway.metrics import Metrics
 from gateway.problems import AgentBusy, LimitsUnavailable, Problem, QuotaExhausted, RateLimited
 from gateway.servers import HOST, RedisServer, free_port
@@ -388,6 +390,17 @@ async def test_a_redis_that_goes_away_is_met_as_it_is_set(
         await client.aclose()
 
 
+def test_a_long_outage_is_not_charged_for_when_it_is_over() -> None:
+    """A steady visitor, who was never near the limit, is not refused because an hour's turns are told at once."""
+    bucket = Bucket(RateLimit(10, 10))
+    for second in range(0, 3600, 2):
+        now = 1000.0 + second
+        bucket.charge(now)
+        told, bucket.untold = bucket.untold, 0
+        bucket.keep_untold(told, now + 0.2)
+    assert bucket.untold == 1
+
+
 # ------------------------------------------------------------------------------------------------- an agent's bounds
 
 
@@ -415,6 +428,7 @@ async def test_turns_that_run_are_bounded_over_all_pods(stores: Stores) -> None:
 
 async def test_the_turns_of_a_dead_pod_do_not_count_for_ever(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits_module, "RUNNING_LIFE_MS", 300)
+    monkeypatch.setattr(buckets, "RUNNING_LIFE_MS", 300)
     dead, other = limiter(stores), limiter(stores)
     agent = agent_with(max_running_turns=1)
     await dead.meet(agent)

@@ -10,7 +10,8 @@ from starlette.responses import Response
 from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper, client_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
-from gateway.limits import Admission, Limiter, OpenStreams
+from gateway.limits import Admission, Limiter
+from gateway.open_streams import OpenStreams
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
 from gateway.runtime import AgentRuntime
 from gateway.streams import Streams, TurnLog, render

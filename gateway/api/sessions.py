@@ -14,7 +14,8 @@ from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper, client_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.auth import SessionToken, SessionTokens
-from gateway.limits import Admission, Limiter, OpenStreams
+from gateway.limits import Admission, Limiter
+from gateway.open_streams import OpenStreams
 from gateway.problems import (
     AgentInactive,
     ChannelNotAllowed,

@@ -13,7 +13,8 @@ import httpx
 import pytest
 
 from gateway import limits as limits_module
-from gateway.limits import Bucket, Limiter
+from gateway.buckets import Bucket
+from gateway.limits import Limiter
 from gateway.settings import Settings
 from persistence.agents import RateLimit
 from tests.conftest import PutAgent
