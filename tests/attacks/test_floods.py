@@ -125,6 +125,16 @@ async def test_rotating_addresses_within_an_ipv6_network(pod: ServedPod) -> None
     await passes(pod, "2001:db8:bad:2::1")
 
 
+async def test_without_the_networks_of_ipv6_each_address_would_have_a_limit_of_its_own(
+    pod: ServedPod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of the test before."""
+    monkeypatch.setattr(limits_module, "network", lambda address: address)
+    session_id = new_session_id()
+    for number in range(LIMIT + 3):
+        await passes(pod, f"2001:db8:bad:1::{number:x}", session_id)
+
+
 async def test_writing_one_address_in_many_ways(pod: ServedPod) -> None:
     session_id = new_session_id()
     ways = [ATTACKER, f"::ffff:{ATTACKER}", f"{ATTACKER}:4711", "::ffff:cb00:7142", f"[::ffff:{ATTACKER}]:1"]
@@ -147,6 +157,17 @@ async def test_forging_the_forwarded_header_to_be_somebody_else_each_time(pod: S
     # Whom it pretended to be has all of its messages left.
     for _ in range(LIMIT - 1):
         await passes(pod, "192.0.2.0")
+
+
+async def test_where_every_address_is_believed_a_proxy_that_appends_lets_the_header_be_forged(
+    settings: Settings, put_agent: PutAgent
+) -> None:
+    """The control of the test before; and why `*` is right only where the balancer drops what a client wrote."""
+    await put_agent("shop")
+    async with gated_pod(settings, trusted_proxies="*", address_rate_limit="2/600") as credulous:
+        session_id = new_session_id()
+        for number in range(5):
+            await passes(credulous, f"192.0.2.{number}, {ATTACKER}", session_id)
 
 
 async def test_forging_the_forwarded_header_where_no_proxy_is_believed(settings: Settings, put_agent: PutAgent) -> None:
@@ -435,6 +456,16 @@ async def test_opening_streams_from_one_address_without_end(pod: ServedPod) -> N
         problem(await feed(pod, stack, ATTACKER, sessions[2]), 429, "too_many_streams")
         assert (await feed(pod, stack, VISITOR, sessions[2])).status_code == 200
     await wait_for(lambda: not open_streams(pod), "the streams are closed")
+
+
+async def test_without_the_bound_any_number_of_streams_is_open(settings: Settings, put_agent: PutAgent) -> None:
+    """The control of the tests before."""
+    await put_agent("shop")
+    async with gated_pod(settings, max_streams_per_session=1, limit_mode="off") as unbound, AsyncExitStack() as stack:
+        session_id = new_session_id()
+        await passes(unbound, VISITOR, session_id)
+        for _ in range(6):
+            assert (await feed(unbound, stack, ATTACKER, session_id)).status_code == 200
 
 
 async def test_taking_a_sessions_streams_without_a_right_to_it(pod: ServedPod) -> None:
