@@ -18,7 +18,7 @@ import uvloop
 from gateway.api.agents import view
 from gateway.app import Pod, Stores, build_pod, build_worker, warn_if_not_migrated
 from gateway.dev import DevOptions, run_dev
-from gateway.logs import configure_logs
+from gateway.logs import configure_logs, contain_errors
 from gateway.problems import Problem
 from gateway.runtime import GraphError
 from gateway.servers import ServerError
@@ -44,6 +44,7 @@ class QuietServer(uvicorn.Server):
 def main(arguments: Sequence[str]) -> int:
     """Runs a command; its exit status."""
     options = _parser().parse_args(arguments)
+    contain_errors()
     try:
         command: Callable[[argparse.Namespace], Coroutine[Any, Any, None]] = options.command
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

@@ -7,7 +7,7 @@ import msgspec
 
 from persistence.errors import Damaged
 from persistence.keys import Keys
-from persistence.records import Channel
+from persistence.records import Channel, unreadable
 from persistence.scripts import Scripts
 from persistence.sessions import IfBusy, TurnPolicy
 
@@ -71,7 +71,7 @@ def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:
     try:
         return AgentDefinition(**msgspec.structs.asdict(msgspec.json.decode(raw, type=_Stored)))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Damaged(where, "definition", str(error)) from error
+        raise Damaged(where, "definition", unreadable(error)) from error
 
 
 def as_uuid(reference: str) -> str | None:

@@ -142,18 +142,23 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
     except ResponseError as error:
         # redis-py cuts the first word off and keeps it as the code, but for words that it does not know.
         if error.status_code == "ERR" or str(error).startswith("WRONGTYPE") or isinstance(error, ClusterCrossSlotError):
-            raise CommandRefused(f"{type(error).__name__}: {error}") from error
-        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+            raise CommandRefused(_reason(error)) from error
+        raise RedisUnavailable(_reason(error)) from error
     except (TimeoutError, OSError, RedisError, AttributeError) as error:
         # AttributeError is what redis-py ends in when another call drops the connection on which this one is sending.
-        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+        raise RedisUnavailable(_reason(error)) from error
     except RuntimeError as error:
         # How uvloop says that a connection was closed (because of a foreign reply, say) while redis-py was using it.
         if "the handler is closed" not in str(error):
             raise
-        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+        raise RedisUnavailable(_reason(error)) from error
     finally:
         task.cancel()
+
+
+def _reason(error: Exception) -> str:
+    """An error in words that can be logged: of a command that it does not know, Redis repeats the arguments."""
+    return f"{type(error).__name__}: {str(error).partition(', with args beginning with')[0]}"
 
 
 def retrieve(task: "asyncio.Future[Any]") -> None:
