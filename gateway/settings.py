@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from persistence.connection import connect, default_partitions
+from persistence.connection import UnusableUrl, connect, default_partitions
 
 PREFIX = "GATEWAY_"
 TOKEN_BEGINS = "eyJ"  # noqa: S105
@@ -130,8 +130,10 @@ def _check(settings: Settings) -> None:
     if settings.redis_url:
         try:
             connect(settings.redis_url)
-        except ValueError as error:
+        except UnusableUrl as error:
             raise SettingsError(f"GATEWAY_REDIS_URL: {error}") from error
+        except ValueError as error:
+            raise SettingsError("GATEWAY_REDIS_URL is not a URL with a good host, port and database") from error
     if settings.database_url:
         _check_database_url(settings.database_url)
     for name, value, shortest in (
