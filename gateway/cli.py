@@ -30,6 +30,7 @@ from persistence.keys import masked
 from persistence.migrate import load_migrations, migrate
 from persistence.outbox import DeadLetter
 from persistence.postgres import Postgres
+from persistence.records import is_fact
 
 STORES = ("redis_url", "database_url")
 KEEP_ALIVE_S = 75
@@ -280,7 +281,8 @@ async def _dead(options: argparse.Namespace) -> None:
         letters = await stores.outbox.dead_letters()
         for letter in letters:
             retried = options.retry and await _retry(stores, letter)
-            print(f"{letter.entry}  {letter.fact:<12} {letter.died_at}  {'retried' if retried else letter.reason}")
+            fact = letter.fact if is_fact(letter.fact) else "unreadable"
+            print(f"{letter.entry}  {fact:<12} {letter.died_at}  {'retried' if retried else letter.reason}")
     finally:
         await stores.close()
     if not letters:

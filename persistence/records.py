@@ -235,7 +235,7 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
         if name.encode() not in by_name:
             raise Damaged(where, name, "is missing")
     fact, turn_json = by_name[b"fact"].decode(errors="replace"), by_name[b"turn"]
-    if not _FACT.fullmatch(fact):
+    if not is_fact(fact):
         raise Damaged(where, "fact", "is no fact")
     session = decode_session([by_name[name.encode()] for name in HEADER], where)
     if not session.session_id:
@@ -260,6 +260,11 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
     if fact.startswith("t:"):
         turn = decode_turn(turn_json, where, "turn")
     return Record(entry.decode(), fact, session, turn)
+
+
+def is_fact(text: str) -> bool:
+    """Whether a text names what a record is about."""
+    return _FACT.fullmatch(text) is not None
 
 
 def transcript(turn: Turn, number: int) -> list[StoredMessage]:

@@ -1,15 +1,17 @@
 """The admin key: compared without telling anything, guessed a few times a minute at most, taken over safe ways only."""
 
 import hmac
+import logging
 from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+import structlog
 from structlog.testing import capture_logs
 
 from gateway.admin import FAILURES, PER_S, AdminDoor, AdminKeys, FailedAttempts, is_local, network_of
 from gateway.api.callers import kept_address
-from gateway.audit import Operator, audited, changed
+from gateway.audit import Operator, audited, changed, refused
 from gateway.problems import RateLimited, SessionNotFound, TlsRequired
 from persistence.agents import AgentDefinition
 
@@ -209,6 +211,20 @@ def test_an_audit_line_tells_how_it_ended() -> None:
         line | {"outcome": "session_not_found"},
         line | {"outcome": "ZeroDivisionError"},
     ]
+
+
+def test_the_trail_is_written_whatever_the_log_level_is() -> None:
+    known = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        with capture_logs() as logs:
+            structlog.get_logger().error("something.else")
+            with audited("session_shown", Operator(ELSEWHERE, "a request", "current")):
+                pass
+            refused("wrong_key", ELSEWHERE, "a request")
+    finally:
+        structlog.configure(**known)
+    assert [line["event"] for line in logs] == ["audit.session_shown", "admin.refused"]
 
 
 def test_a_visitor_leaves_no_audit_line() -> None:
