@@ -84,15 +84,18 @@ class Gatekeeper:
     def operator(self, request: Request) -> Operator | None:
         """The operator, if the request carries an admin key; a visitor's session token is never taken for one.
 
-        Anything else is counted as a guess, so ask this after all that the credentials may be besides. Raises TlsRequired,
-        RateLimited.
+        Anything else is counted as a guess, once a request, so ask this after all that the credentials may be besides.
+        Raises TlsRequired, RateLimited.
         """
         given = bearer(request)
         if not given or given.startswith(TOKEN_BEGINS):
             return None
-        address = address_of(request)
-        key = self._door.try_key(given, address, request.url.scheme, request.headers, request_id(request))
-        return Operator(address, request_id(request), key) if key else None
+        if not hasattr(request.state, "operator"):
+            address = address_of(request)
+            key = self._door.try_key(given, address, request.url.scheme, request.headers, request_id(request))
+            request.state.operator = Operator(address, request_id(request), key) if key else None
+        operator: Operator | None = request.state.operator
+        return operator
 
     def require_domain(self, caller: Caller, agent: Agent) -> None:
         """Raises DomainNotAllowed."""
