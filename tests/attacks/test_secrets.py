@@ -6,6 +6,7 @@ each test looks for one kind of secret in what came of it.
 
 import asyncio
 import json
+import logging
 import shutil
 import socket
 from collections.abc import AsyncIterator
@@ -19,13 +20,18 @@ import httpx
 import msgspec
 import pytest
 import pytest_asyncio
+from structlog.testing import capture_logs
 
+from gateway.app import Pod
+from gateway.logs import LibraryLogs
 from gateway.servers import PostgresServer, RedisServer
 from persistence.connection import Client, connect
 from persistence.migrate import load_migrations, migrate
 from persistence.postgres import Postgres
+from tests.conftest import PutAgent
 from tests.support.commands import run_gateway
 from tests.support.serving import ROOT, GatewayProcess, wait_for
+from tests.support.visiting import new_session_id, problem, say
 
 GRAPHS = ROOT / "tests" / "data" / "leaky" / "langgraph.json"
 
@@ -416,6 +422,32 @@ async def test_the_scene_had_every_kind_of_failure(scene: Scene) -> None:
         "read off": (503, "redis_unavailable"),
     }
     assert {what: scene.answers[what] for what in expected} == expected
+
+
+async def test_reading_secrets_from_a_crash(
+    pod: Pod, client: httpx.AsyncClient, put_agent: PutAgent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A defect of the gateway itself, whose error quotes what it was working on: to the client, and in what uvicorn logs."""
+    await put_agent("shop")
+    session_id = new_session_id()
+    await say(client, session_id, WORDS)
+    crashes: list[str] = []
+
+    async def crash(*arguments: Any) -> None:
+        crashes.append(WORDS)
+        raise RuntimeError(f"cannot work on {WORDS}") from ValueError(WORDS)
+
+    with monkeypatch.context() as patched, capture_logs() as logs:
+        patched.setattr(pod.history, "find_session", crash)
+        patched.setattr(logging.getLogger(), "handlers", [LibraryLogs()])
+        answer = await client.get(f"/api/sessions/{session_id}")
+    assert crashes == [WORDS]
+    problem(answer, 500, "internal_error")
+    assert WORDS not in answer.text
+    assert WORDS not in str(logs)
+    told = {line["event"]: line["error"] for line in logs}
+    assert told == {"request.crashed": "RuntimeError", "library.logged": "RuntimeError from ValueError"}
+    assert (await client.get(f"/api/sessions/{session_id}")).status_code == 200
 
 
 async def test_every_line_of_a_log_is_one_event(scene: Scene) -> None:
