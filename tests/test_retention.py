@@ -112,6 +112,16 @@ async def test_one_that_has_ended_or_left_redis_goes_too(stores: Stores, flush: 
     assert await is_gone(stores, rows)
 
 
+async def test_one_of_a_known_user_and_one_that_needs_its_token_go_too(stores: Stores, flush: Flush, rows: Rows) -> None:
+    """Whoever may open a session: the worker may erase it."""
+    await open_session(stores, OLD, user_id="user-17", minted=True)
+    await flush()
+    await age(stores, rows, OLD, 31)
+    await retain(stores)
+    await flush()
+    assert await is_gone(stores, rows)
+
+
 async def test_the_logs_of_its_turns_go_too(stores: Stores, flush: Flush, rows: Rows) -> None:
     turn_id, begun = await begin(stores, OLD)
     await stores.logs.append(OLD, turn_id, begun.fence, Part(0, [Event(1, "text.delta", b"{}")]))
