@@ -12,9 +12,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from persistence.connection import connect, default_partitions
+from persistence.connection import UnusableUrl, connect, default_partitions
 
 PREFIX = "GATEWAY_"
+TOKEN_BEGINS = "eyJ"  # noqa: S105
+"""How every JSON Web Token begins: its first part is a JSON object in base64 (RFC 7515). No admin key may."""
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
@@ -37,6 +39,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A key that still verifies tokens but signs none: for changing the key."""
     admin_key: str = ""
     """What admin calls carry as a bearer token; at least 16 characters."""
+    admin_key_previous: str = ""
+    """An admin key that is still taken: for changing the key."""
+    admin_plaintext: bool = False
+    """Whether admin calls are taken without TLS from other machines: for a network that nobody else listens on."""
     graphs: str = ""
     """Path of the operator's langgraph.json."""
     model_base_urls: str = ""
@@ -124,17 +130,25 @@ def _check(settings: Settings) -> None:
     if settings.redis_url:
         try:
             connect(settings.redis_url)
-        except ValueError as error:
+        except UnusableUrl as error:
             raise SettingsError(f"GATEWAY_REDIS_URL: {error}") from error
+        except ValueError as error:
+            raise SettingsError("GATEWAY_REDIS_URL is not a URL with a good host, port and database") from error
     if settings.database_url:
         _check_database_url(settings.database_url)
     for name, value, shortest in (
         ("SECRET_KEY", settings.secret_key, 32),
         ("SECRET_KEY_PREVIOUS", settings.secret_key_previous, 32),
         ("ADMIN_KEY", settings.admin_key, 16),
+        ("ADMIN_KEY_PREVIOUS", settings.admin_key_previous, 16),
     ):
         if value and len(value) < shortest:
             raise SettingsError(f"GATEWAY_{name} is shorter than {shortest} characters")
+    for name, value in (("ADMIN_KEY", settings.admin_key), ("ADMIN_KEY_PREVIOUS", settings.admin_key_previous)):
+        if value.startswith(TOKEN_BEGINS):
+            raise SettingsError(f"GATEWAY_{name} begins with {TOKEN_BEGINS}: it would be taken for a token")
+        if value != value.strip() or not value.isascii():
+            raise SettingsError(f"GATEWAY_{name} has spaces around it, or characters that no header can carry")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", settings.key_prefix):
         raise SettingsError("GATEWAY_KEY_PREFIX is not 1 to 32 of A-Z a-z 0-9 _ . -")
     if settings.address_rate_limit != "off" and not re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,5}", settings.address_rate_limit):

@@ -7,7 +7,7 @@ import msgspec
 
 from persistence.errors import Damaged
 from persistence.keys import Keys
-from persistence.records import Channel
+from persistence.records import Channel, unreadable
 from persistence.scripts import Scripts
 from persistence.sessions import IfBusy, TurnPolicy
 
@@ -26,7 +26,8 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """What an operator sets of an agent: the body of `PUT /api/agents/{agent_id}`.
 
     `graph` names a built-in graph or an entry of langgraph.json, `config` is handed to it. `history_window` counts
-    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any.
+    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any. With
+    `truncate_ip` a visitor's address is not stored whole; a session without activity for `retention_days` is erased.
     """
 
     graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
@@ -40,6 +41,8 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     rate_limit: RateLimit | None = RateLimit(30, 60)
     require_token: bool = False
     active: bool = True
+    truncate_ip: bool = False
+    retention_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] | None = None
 
     @property
     def policy(self) -> TurnPolicy:
@@ -71,7 +74,7 @@ def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:
     try:
         return AgentDefinition(**msgspec.structs.asdict(msgspec.json.decode(raw, type=_Stored)))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Damaged(where, "definition", str(error)) from error
+        raise Damaged(where, "definition", unreadable(error)) from error
 
 
 def as_uuid(reference: str) -> str | None:

@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper
+from gateway.api.callers import Caller, Gatekeeper, kept_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.limits import AddressLimiter
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
@@ -182,7 +182,7 @@ class ChatApi:
             if_busy=body.if_busy,
             website_domain=caller.website_domain,
             authorized=authorized,
-            ip_address=caller.ip_address,
+            ip_address=kept_address(caller.ip_address, truncate=agent.definition.truncate_ip),
             user_agent=caller.user_agent,
         )
 

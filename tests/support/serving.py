@@ -39,10 +39,11 @@ async def wait_for(condition: Any, what: str, limit_s: float = 15.0) -> Any:
 
 
 @asynccontextmanager
-async def served(pod: Pod) -> AsyncIterator[httpx.AsyncClient]:
-    """Serves a pod from this process over real HTTP; gives a client for it."""
+async def served(pod: Pod, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Serves a pod from this process over real HTTP; gives a client for it. A proxy on this machine is believed, unless the
+    options of uvicorn say otherwise."""
     port = free_port()
-    server = QuietServer(uvicorn.Config(pod.app, host=HOST, port=port, log_config=None, lifespan="on", ws="none"))
+    server = QuietServer(uvicorn.Config(pod.app, host=HOST, port=port, log_config=None, lifespan="on", ws="none", **options))
     task = asyncio.create_task(server.serve())
     await wait_for(lambda: server.started or task.done(), "the pod starts")
     if task.done():
