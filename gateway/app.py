@@ -19,10 +19,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from gateway import __version__
+from gateway.admin import AdminDoor, AdminKeys
 from gateway.agents import Agents
 from gateway.api.agents import AgentsApi
 from gateway.api.callers import Gatekeeper
 from gateway.api.chat import ChatApi
+from gateway.api.headers import SafeHeaders
 from gateway.api.ops import OpsApi
 from gateway.api.rendering import on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.routes import endpoints, routes
@@ -143,7 +145,8 @@ class Pod:
         settings, stores = self.settings, self.stores
         keys = [key for key in (settings.secret_key, settings.secret_key_previous) if key]
         tokens = SessionTokens(keys, settings.token_ttl_s)
-        gatekeeper = Gatekeeper(tokens, settings.admin_key)
+        admin_keys = AdminKeys(settings.admin_key, settings.admin_key_previous)
+        gatekeeper = Gatekeeper(tokens, AdminDoor(admin_keys, plaintext=settings.admin_plaintext))
         max_body_bytes = settings.max_body_bytes
         table = endpoints(
             ChatApi(
@@ -190,6 +193,7 @@ class Pod:
             routes=[*routes(table), Route("/openapi.json", openapi), *extra_routes],
             middleware=[
                 Middleware(ClientAddress, trusted=settings.trusted_networks),
+                Middleware(SafeHeaders),
                 # Websites call from anywhere; no cookie is ever read, and who may use an agent its allowed_domains say.
                 Middleware(
                     CORSMiddleware,

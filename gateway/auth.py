@@ -1,7 +1,6 @@
-"""Who may do what: session tokens, the admin key, website domains."""
+"""Who may do what: session tokens, website domains. The admin key is admin.py's."""
 
 from collections.abc import Sequence
-from hmac import compare_digest
 from time import time
 from urllib.parse import urlsplit
 
@@ -44,12 +43,6 @@ class SessionTokens:
                 continue
             return SessionToken(str(claims["sid"]), str(claims["aid"]), str(claims["dom"]))
         return None
-
-
-def is_admin(authorization: str, admin_key: str) -> bool:
-    """Whether an Authorization header carries the admin key; compared in constant time."""
-    scheme, _, given = authorization.partition(" ")
-    return bool(admin_key) and scheme.lower() == "bearer" and compare_digest(given.strip().encode(), admin_key.encode())
 
 
 def normal_domain(text: str) -> str:

@@ -79,6 +79,10 @@ class AdminKeyRequired(Problem):
     status, code, title = 401, "admin_key_required", "This call needs the admin key"
 
 
+class TlsRequired(Problem):
+    status, code, title = 403, "tls_required", "The admin key is taken over TLS only, or from the machine itself"
+
+
 class DomainNotAllowed(Problem):
     status, code, title = 403, "domain_not_allowed", "This website may not use the agent"
 

@@ -13,9 +13,11 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from persistence.connection import connect, default_partitions
+from persistence.connection import UnusableUrl, connect, default_partitions
 
 PREFIX = "GATEWAY_"
+TOKEN_BEGINS = "eyJ"  # noqa: S105
+"""How every JSON Web Token begins: its first part is a JSON object in base64 (RFC 7515). No admin key may."""
 
 Network = IPv4Network | IPv6Network
 
@@ -40,6 +42,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A key that still verifies tokens but signs none: for changing the key."""
     admin_key: str = ""
     """What admin calls carry as a bearer token; at least 16 characters."""
+    admin_key_previous: str = ""
+    """An admin key that is still taken: for changing the key."""
+    admin_plaintext: bool = False
+    """Whether admin calls are taken without TLS from other machines: for a network that nobody else listens on."""
     graphs: str = ""
     """Path of the operator's langgraph.json."""
     model_base_urls: str = ""
@@ -153,19 +159,33 @@ def _check(settings: Settings) -> None:
     if settings.redis_url:
         try:
             connect(settings.redis_url)
-        except ValueError as error:
+        except UnusableUrl as error:
             raise SettingsError(f"GATEWAY_REDIS_URL: {error}") from error
+        except ValueError as error:
+            raise SettingsError("GATEWAY_REDIS_URL is not a URL with a good host, port and database") from error
     if settings.database_url:
         _check_database_url(settings.database_url)
     for name, value, shortest in (
         ("SECRET_KEY", settings.secret_key, 32),
         ("SECRET_KEY_PREVIOUS", settings.secret_key_previous, 32),
         ("ADMIN_KEY", settings.admin_key, 16),
+        ("ADMIN_KEY_PREVIOUS", settings.admin_key_previous, 16),
     ):
         if value and len(value) < shortest:
             raise SettingsError(f"GATEWAY_{name} is shorter than {shortest} characters")
+    for name, value in (("ADMIN_KEY", settings.admin_key), ("ADMIN_KEY_PREVIOUS", settings.admin_key_previous)):
+        if value.startswith(TOKEN_BEGINS):
+            raise SettingsError(f"GATEWAY_{name} begins with {TOKEN_BEGINS}: it would be taken for a token")
+        if value != value.strip() or not value.isascii():
+            raise SettingsError(f"GATEWAY_{name} has spaces around it, or characters that no header can carry")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", settings.key_prefix):
         raise SettingsError("GATEWAY_KEY_PREFIX is not 1 to 32 of A-Z a-z 0-9 _ . -")
+    _check_limits(settings)
+    if settings.graphs and not Path(settings.graphs).is_file():
+        raise SettingsError(f"GATEWAY_GRAPHS: there is no file {settings.graphs}")
+
+
+def _check_limits(settings: Settings) -> None:
     for name, what, value in (
         ("RATE", "messages", settings.address_rate_limit),
         ("SESSION", "sessions", settings.address_session_limit),
@@ -176,8 +196,6 @@ def _check(settings: Settings) -> None:
         _ = settings.trusted_networks
     except ValueError as error:
         raise SettingsError(f"GATEWAY_TRUSTED_PROXIES: {error}") from error
-    if settings.graphs and not Path(settings.graphs).is_file():
-        raise SettingsError(f"GATEWAY_GRAPHS: there is no file {settings.graphs}")
 
 
 def _check_database_url(url: str) -> None:

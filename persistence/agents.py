@@ -7,7 +7,7 @@ import msgspec
 
 from persistence.errors import Damaged
 from persistence.keys import Keys
-from persistence.records import Channel
+from persistence.records import Channel, unreadable
 from persistence.scripts import Scripts
 from persistence.sessions import IfBusy, TurnPolicy
 
@@ -26,7 +26,8 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """What an operator sets of an agent: the body of `PUT /api/agents/{agent_id}`.
 
     `graph` names a built-in graph or an entry of langgraph.json, `config` is handed to it. `history_window` counts
-    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any.
+    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any. With
+    `truncate_ip` a visitor's address is not stored whole; a session without activity for `retention_days` is erased.
 
     Limits, over all pods: `rate_limit` is per session, `domain_rate_limit` per website domain, `agent_rate_limit` for the
     whole agent; `max_running_turns` at a time; `turns_per_day` by UTC days. Without `active` it answers nobody.
@@ -47,6 +48,8 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     turns_per_day: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
     require_token: bool = False
     active: bool = True
+    truncate_ip: bool = False
+    retention_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] | None = None
 
     @property
     def policy(self) -> TurnPolicy:
@@ -78,7 +81,7 @@ def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:
     try:
         return AgentDefinition(**msgspec.structs.asdict(msgspec.json.decode(raw, type=_Stored)))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Damaged(where, "definition", str(error)) from error
+        raise Damaged(where, "definition", unreadable(error)) from error
 
 
 def as_uuid(reference: str) -> str | None:

@@ -388,6 +388,21 @@ class SessionStore:
 
     async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
         """Erases the session; returns its UUID."""
+        reply = await self._erase(session_id, access, "")
+        match reply:
+            case ["erased", session_uuid]:
+                return str(session_uuid.decode())
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def erase_idle(self, session_id: str, agent_id: str, idle_ms: int) -> bool | Absent:
+        """Erases an agent's session if it was idle for `idle_ms`; whether it did."""
+        reply = await self._erase(session_id, Access(agent_id, authorized=True), idle_ms)
+        return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "erased"
+
+    async def _erase(self, session_id: str, access: Access, idle_ms: int | str) -> list[Any]:
         keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket", "logs")
         logged = ""
         while True:
@@ -398,19 +413,13 @@ class SessionStore:
                 "ticket_ms": TICKET_MS,
                 "channel": self._keys.channel(session_id),
                 "logged": logged,
+                "idle_ms": idle_ms,
             }
             logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
             reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments)
             if reply[0] != "logs":
-                break
+                return reply
             logged = reply[1].decode()
-        match reply:
-            case ["erased", session_uuid]:
-                return str(session_uuid.decode())
-            case ["absent", ticket]:
-                return Absent(ticket)
-            case _:
-                return Refused(reply[0])
 
     async def reap(self, session_id: str) -> str | None:
         """Lets go of a turn whose lease ran out; its turn_id, or None."""

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.auth import SessionToken, SessionTokens, domain_allowed, is_admin, normal_domain, origin_domain
+from gateway.auth import SessionToken, SessionTokens, domain_allowed, normal_domain, origin_domain
 
 KEY, OTHER_KEY = "k" * 32, "o" * 32
 TOKEN = SessionToken("session_1234567890_abc", "01900000-0000-7000-8000-000000000000", "shop.example")
@@ -59,29 +59,6 @@ def test_a_token_that_was_changed_says_nothing() -> None:
     _, others, _ = tokens.mint(SessionToken("session_1234567890_xyz", TOKEN.agent_id, TOKEN.website_domain)).split(".")
     assert tokens.verify(f"{head}.{claims}.{signature}") == TOKEN
     assert tokens.verify(f"{head}.{others}.{signature}") is None
-
-
-@pytest.mark.parametrize(
-    ("header", "good"),
-    [
-        ("Bearer the admin key", True),
-        ("bearer  the admin key ", True),
-        ("Bearer the admin ke", False),
-        ("Bearer the admin keys", False),
-        ("Bearer ", False),
-        ("the admin key", False),
-        ("Basic the admin key", False),
-        ("Bearer \u00e4\u00ff", False),
-        ("", False),
-    ],
-)
-def test_only_the_admin_key_is_the_admin_key(header: str, good: bool) -> None:
-    assert is_admin(header, "the admin key") is good
-
-
-def test_without_an_admin_key_nobody_is_admin() -> None:
-    assert not is_admin("Bearer ", "")
-    assert not is_admin("", "")
 
 
 @pytest.mark.parametrize(

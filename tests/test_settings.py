@@ -92,6 +92,12 @@ def test_a_misspelt_setting_is_named_with_the_one_that_was_meant() -> None:
         ("SECRET_KEY", "short"),
         ("SECRET_KEY_PREVIOUS", "s" * 31),
         ("ADMIN_KEY", "a" * 15),
+        ("ADMIN_KEY", "eyJ" + "a" * 15),
+        ("ADMIN_KEY", " " + "a" * 20),
+        ("ADMIN_KEY", "\u00e4" * 20),
+        ("ADMIN_KEY_PREVIOUS", "a" * 15),
+        ("ADMIN_KEY_PREVIOUS", "eyJ" + "a" * 15),
+        ("ADMIN_PLAINTEXT", "perhaps"),
         ("KEY_PREFIX", "a:b"),
         ("KEY_PREFIX", "{gw}"),
         ("KEY_PREFIX", "g" * 33),
@@ -127,10 +133,31 @@ def test_a_wrong_value_stops_the_start_and_the_variable_is_named(name: str, valu
 
 
 def test_no_refusal_shows_a_secret() -> None:
-    for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS", "ADMIN_KEY"):
+    for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS", "ADMIN_KEY", "ADMIN_KEY_PREVIOUS"):
         assert "hunter2" not in refused(**{name: "hunter2"})
+    for key in ("eyJhunter2hunter2hunter2", " hunter2hunter2hunter2"):
+        assert "hunter2" not in refused(ADMIN_KEY=key)
     assert "hunter2" not in refused(DATABASE_URL="mysql://gateway:hunter2@127.0.0.1/gateway")
-    assert "hunter2" not in refused(REDIS_URL="http://:hunter2@127.0.0.1")
+    for url in (
+        "http://:hunter2@127.0.0.1",
+        "hunter2",
+        "hunter2:6379",
+        "redis://:hunter2/@127.0.0.1:6379",
+        "redis://127.0.0.1:hunter2",
+        "redis://:pass[hunter2@127.0.0.1",
+        "redis+cluster://:hunter2/@127.0.0.1:6379",
+        "redis+sentinel://:hunter2/@127.0.0.1/service",
+        "redis+sentinel://127.0.0.1/service/hunter2",
+        "redis+hunter2://127.0.0.1",
+    ):
+        assert "hunter2" not in refused(REDIS_URL=url), url
+    for url in (
+        "hunter2",
+        "postgresql://gateway:hunter2/@127.0.0.1/gateway",
+        "postgresql://gateway:pass[hunter2@127.0.0.1/gateway",
+        "postgresql://127.0.0.1:hunter2/gateway",
+    ):
+        assert "hunter2" not in refused(DATABASE_URL=url), url
 
 
 def test_the_number_of_partitions_follows_the_kind_of_redis() -> None:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper, client_address
+from gateway.api.callers import Caller, Gatekeeper, address_of, kept_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.limits import Admission, Limiter
 from gateway.open_streams import OpenStreams
@@ -122,7 +122,7 @@ class ChatApi:
 
     async def stream(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/stream"""
-        with self._open_streams.enter(client_address(request)) as stream:
+        with self._open_streams.enter(address_of(request)) as stream:
             agent, turn, admission = await self._read(request, stream.check)
             begun = await self._runtime.stream(agent, turn, admission)
             if isinstance(begun, TurnLog):
@@ -143,7 +143,7 @@ class ChatApi:
         turn_id = as_uuid(request.path_params["turn_id"])
         if turn_id is None:
             raise TurnNotFound
-        with self._open_streams.enter(client_address(request)) as stream:
+        with self._open_streams.enter(address_of(request)) as stream:
             events = await self._streams.open_turn(session_id, turn_id, access, cursor)
             stream.check(session_id)
             stream.join(session_id)
@@ -178,7 +178,7 @@ class ChatApi:
         self, request: Request, check_session: Callable[[str], None] | None = None
     ) -> tuple[Agent, TurnRequest, Admission]:
         """The agent and the message of a request that may be answered, once it has been charged to its limits."""
-        self._limiter.check_address(client_address(request))
+        self._limiter.check_address(address_of(request))
         body = await read_body(request, self._decoder, self._max_body_bytes)
         self._check(body)
         agent = await self._agents.load(request.path_params["agent_id"])
@@ -198,7 +198,7 @@ class ChatApi:
             if_busy=body.if_busy,
             website_domain=caller.website_domain,
             authorized=authorized,
-            ip_address=caller.ip_address,
+            ip_address=kept_address(caller.ip_address, truncate=agent.definition.truncate_ip),
             user_agent=caller.user_agent,
         )
         if check_session is not None:

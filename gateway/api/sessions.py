@@ -11,8 +11,9 @@ from starlette.responses import Response
 from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper, client_address
+from gateway.api.callers import Caller, Gatekeeper, address_of, kept_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
+from gateway.audit import audited
 from gateway.auth import SessionToken, SessionTokens
 from gateway.limits import Admission, Limiter
 from gateway.open_streams import OpenStreams
@@ -29,6 +30,7 @@ from gateway.streams import Streams
 from gateway.turns import Outcome, SessionId, existing, raise_refusal
 from persistence.history import History
 from persistence.hydrator import Hydrator
+from persistence.keys import masked
 from persistence.postgres import SessionFilter
 from persistence.records import Channel, Role, Session, iso_from
 from persistence.sessions import NewSession, Opened, Refused, SessionStore
@@ -178,7 +180,7 @@ class SessionsApi:
 
     async def open(self, request: Request) -> Response:
         """POST /api/sessions"""
-        self._limiter.check_address(client_address(request))
+        self._limiter.check_address(address_of(request))
         body = await read_body(request, self._decoder, self._max_body_bytes)
         check_text(body.metadata, "metadata")
         agent = await self._agents.load(body.agent_id)
@@ -201,7 +203,7 @@ class SessionsApi:
             channel=body.channel or definition.channels[0],
             website_domain=caller.website_domain,
             user_id="",
-            ip_address=caller.ip_address,
+            ip_address=kept_address(caller.ip_address, truncate=definition.truncate_ip),
             user_agent=caller.user_agent,
             metadata=body.metadata,
             minted=body.session_id is None,
@@ -248,23 +250,31 @@ class SessionsApi:
     async def show(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        found = await self._history.find_session(session_id, self._gatekeeper.access(request, session_id))
-        return answer(_view(existing(found).session))
+        access, operator = self._gatekeeper.access(request, session_id)
+        with audited("session_shown", operator, session=masked(session_id)) as facts:
+            session = existing(await self._history.find_session(session_id, access)).session
+            facts["id"] = session.id
+        return answer(_view(session))
 
     async def messages(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/messages"""
         query = read_query(request, MessagesQuery)
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
-        page = existing(await self._history.find_messages(session_id, access, query.before, query.limit))
+        access, operator = self._gatekeeper.access(request, session_id)
+        with audited("transcript_shown", operator, session=masked(session_id)) as facts:
+            page = existing(await self._history.find_messages(session_id, access, query.before, query.limit))
+            facts["messages"] = len(page.messages)
         views = [msgspec.convert(message, MessageView, from_attributes=True) for message in page.messages]
         return answer(MessagesAnswer(views, page.next_before))
 
     async def events(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/events"""
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
-        with self._open_streams.enter(client_address(request)) as stream:
+        access, operator = self._gatekeeper.access(request, session_id)
+        with (
+            self._open_streams.enter(address_of(request)) as stream,
+            audited("session_followed", operator, session=masked(session_id)),
+        ):
             events = await self._streams.open_feed(session_id, access, read_cursor(request))
             stream.check(session_id)
             stream.join(session_id)
@@ -273,26 +283,31 @@ class SessionsApi:
     async def end(self, request: Request) -> Response:
         """POST /api/sessions/{session_id}/end"""
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
-        ended: Session | Refused | None = await self._hydrator.with_session(
-            session_id, lambda: self._store.end(session_id, access)
-        )
-        return answer(_view(existing(ended)))
+        access, operator = self._gatekeeper.access(request, session_id)
+        with audited("session_ended", operator, session=masked(session_id)) as facts:
+            ended: Session | Refused | None = await self._hydrator.with_session(
+                session_id, lambda: self._store.end(session_id, access)
+            )
+            session = existing(ended)
+            facts["id"] = session.id
+        return answer(_view(session))
 
     async def erase(self, request: Request) -> Response:
         """DELETE /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
-        erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
-        existing(erased)
+        access, operator = self._gatekeeper.access(request, session_id)
+        with audited("session_erased", operator, session=masked(session_id)) as facts:
+            erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
+            facts["id"] = existing(erased)
         return Response(status_code=204)
 
     async def statistics(self, request: Request) -> Response:
         """GET /api/sessions/stats"""
-        self._gatekeeper.require_admin(request)
+        operator = self._gatekeeper.require_admin(request)
         query = read_query(request, StatisticsQuery)
         agent = await self._agents.load(query.agent_id) if query.agent_id else None
-        totals = await self._history.load_statistics(agent.id if agent else None)
+        with audited("statistics_shown", operator, agent=agent.id if agent else None):
+            totals = await self._history.load_statistics(agent.id if agent else None)
         average = totals.messages / totals.total_sessions if totals.total_sessions else 0.0
         return answer(
             StatisticsAnswer(
@@ -306,11 +321,13 @@ class SessionsApi:
 
     async def list(self, request: Request) -> Response:
         """GET /api/sessions"""
-        self._gatekeeper.require_admin(request)
+        operator = self._gatekeeper.require_admin(request)
         query = read_query(request, ListQuery)
         agent = await self._agents.load(query.agent_id) if query.agent_id else None
         which = SessionFilter(agent.id if agent else None, query.status, query.website_domain, query.channel)
-        listed = await self._history.list_sessions(which, _decode_cursor(query.cursor), query.limit + 1)
+        with audited("sessions_listed", operator, agent=which.agent_id) as facts:
+            listed = await self._history.list_sessions(which, _decode_cursor(query.cursor), query.limit + 1)
+            facts["sessions"] = min(len(listed), query.limit)
         more, listed = len(listed) > query.limit, listed[: query.limit]
         views = [
             ListedAnswer(

@@ -32,7 +32,6 @@ async def pod(settings: Settings, put_agent: PutAgent) -> AsyncIterator[ServedPo
     """A pod behind a proxy, with small limits, and an agent that has none of its own."""
     await put_agent("shop")
     limits: dict[str, Any] = {
-        "trusted_proxies": "127.0.0.1",
         "address_rate_limit": f"{LIMIT}/600",
         "address_session_limit": "4/600",
         "max_streams_per_session": 3,
@@ -172,7 +171,7 @@ async def test_where_every_address_is_believed_a_proxy_that_appends_lets_the_hea
 
 async def test_forging_the_forwarded_header_where_no_proxy_is_believed(settings: Settings, put_agent: PutAgent) -> None:
     await put_agent("shop")
-    async with gated_pod(settings, address_rate_limit="2/600") as bare:
+    async with gated_pod(settings, trusted_proxies="", address_rate_limit="2/600") as bare:
         session_id = new_session_id()
         for number in range(2):
             await passes(bare, f"192.0.2.{number}", session_id)
@@ -313,7 +312,7 @@ async def test_using_up_a_days_quota_by_repeating_it_on_another_pod(
     for _ in range(2):
         await passes(pod, ATTACKER, agent="daily")
     await pod.pod.limiter.sync()
-    async with gated_pod(settings, trusted_proxies="127.0.0.1") as restarted:
+    async with gated_pod(settings) as restarted:
         refused = await ask(restarted, ATTACKER, agent="daily")
         problem(refused, 429, "quota_exhausted")
         assert 0 < int(refused.headers["retry-after"]) <= 86_400
