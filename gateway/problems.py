@@ -65,6 +65,10 @@ class UserTokenInvalid(Problem):
     status, code, title = 401, "user_token_invalid", "The user token cannot be verified"
 
 
+class IdentityRequired(Problem):
+    status, code, title = 401, "identity_required", "This agent answers known users only: a user token is needed"
+
+
 class AdminKeyRequired(Problem):
     status, code, title = 401, "admin_key_required", "This call needs the admin key"
 

@@ -12,6 +12,11 @@ from persistence.scripts import Scripts
 from persistence.sessions import IfBusy, TurnPolicy
 
 MIN_HOT_TURNS = 10
+MAX_SITE_KEYS = 4
+# 32 to 255 printable characters, or the fingerprint of one.
+SiteKey = Annotated[
+    str, msgspec.Meta(min_length=19, max_length=255, pattern=r"^(sha256:[0-9a-f]{12}|[!-~][ -~]{30,253}[!-~])\Z")
+]
 Domain = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
@@ -27,6 +32,10 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     `graph` names a built-in graph or an entry of langgraph.json, `config` is handed to it. `history_window` counts
     messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any.
+
+    `site_keys` are the site's own, the newest first: any of them verifies what the site has signed for its visitors, and is
+    the site's servers' password. They are written whole, and shown as fingerprints; a fingerprint that is written keeps the
+    key that it is of. `require_token` takes minted sessions alone, `require_identity` known users alone.
     """
 
     graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
@@ -39,6 +48,8 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     if_busy: IfBusy = "queue"
     rate_limit: RateLimit | None = RateLimit(30, 60)
     require_token: bool = False
+    site_keys: Annotated[tuple[SiteKey, ...], msgspec.Meta(max_length=MAX_SITE_KEYS)] = ()
+    require_identity: bool = False
     active: bool = True
 
     @property

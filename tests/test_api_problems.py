@@ -81,7 +81,7 @@ async def test_every_problem_has_a_request_id_of_its_own(client: httpx.AsyncClie
 async def test_a_website_can_read_a_problem_too(client: httpx.AsyncClient) -> None:
     answer = await client.post(MESSAGE, json={}, headers={"Origin": "https://shop.example"})
     problem(answer, 422, "invalid_field", "message")
-    assert answer.headers["access-control-allow-origin"] == "*"
+    assert answer.headers["access-control-allow-origin"] == "https://shop.example"
 
 
 # ---------------------------------------------------------------------------------------------------------- broken bodies
@@ -564,12 +564,12 @@ async def test_an_agent_answers_only_the_websites_it_allows(client: httpx.AsyncC
                 assert outcome(answer) == (403, "domain_not_allowed", None), origin
 
 
-async def test_what_a_page_says_of_itself_counts_only_without_an_origin(
-    client: httpx.AsyncClient, put_agent: PutAgent
-) -> None:
+async def test_what_a_page_says_of_itself_opens_no_door(client: httpx.AsyncClient, put_agent: PutAgent) -> None:
     await put_agent("picky", allowed_domains=("shop.example",))
     claim = body(metadata={"website_domain": "shop.example"})
-    assert (await client.post("/api/chat/picky/message", json=claim)).status_code == 200
+    problem(await client.post("/api/chat/picky/message", json=claim), 403, "domain_not_allowed")
+    headers = {"Origin": "https://shop.example"}
+    assert (await client.post("/api/chat/picky/message", json=claim, headers=headers)).status_code == 200
     for origin in ("https://evil.example", "null", ""):
         answer = await client.post("/api/chat/picky/message", json=claim, headers={"Origin": origin})
         problem(answer, 403, "domain_not_allowed")

@@ -7,6 +7,7 @@ from starlette.responses import Response
 from gateway.agents import Agents
 from gateway.api.callers import Gatekeeper
 from gateway.api.rendering import answer, check_text, read_body
+from gateway.auth import fingerprint
 from gateway.runtime import Graphs
 from persistence.agents import Agent, AgentDefinition
 
@@ -25,8 +26,10 @@ class AgentList(msgspec.Struct):
 
 
 def view(agent: Agent) -> AgentAnswer:
-    """An agent as it is shown."""
-    return AgentAnswer(id=agent.id, name=agent.name, **msgspec.structs.asdict(agent.definition))
+    """An agent as it is shown: of its site keys the fingerprints alone."""
+    shown = msgspec.structs.asdict(agent.definition)
+    shown["site_keys"] = tuple(map(fingerprint, agent.definition.site_keys))
+    return AgentAnswer(id=agent.id, name=agent.name, **shown)
 
 
 class AgentsApi:

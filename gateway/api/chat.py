@@ -7,7 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper
+from gateway.api.callers import Caller, Gatekeeper, UserToken
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.limits import AddressLimiter
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
@@ -18,7 +18,7 @@ from persistence.agents import Agent, as_uuid
 from persistence.events import EventLogs
 from persistence.history import History
 from persistence.records import Channel
-from persistence.sessions import Access, IfBusy
+from persistence.sessions import IfBusy
 
 
 class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -32,6 +32,7 @@ class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     audio_url: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
     audio_duration_ms: Annotated[int, msgspec.Meta(ge=0, le=2_147_483_647)] | None = None
     if_busy: IfBusy | None = None
+    user_token: Annotated[str, UserToken] | None = None
 
 
 class AnswerMetadata(msgspec.Struct):
@@ -121,13 +122,13 @@ class ChatApi:
         begun = await self._runtime.stream(agent, turn)
         if isinstance(begun, TurnLog):
             return event_stream(render(begun, None))
-        access = Access(agent.id, turn.website_domain, turn.authorized)
-        return event_stream(await self._streams.open_turn(turn.session_id, begun.turn_id, access, None))
+        return event_stream(await self._streams.open_turn(turn.session_id, begun.turn_id, turn.access, None))
 
     async def resume(self, request: Request) -> Response:
         """GET /api/chat/{agent_id}/turns/{turn_id}/stream"""
+        agent, caller = await self._enter(request)
         session_id = read_query(request, StreamQuery).session_id
-        access = await self._access(request, session_id)
+        access = self._gatekeeper.access(caller, agent, session_id)
         cursor = read_cursor(request)
         turn_id = as_uuid(request.path_params["turn_id"])
         if turn_id is None:
@@ -136,8 +137,9 @@ class ChatApi:
 
     async def cancel(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/cancel"""
+        agent, caller = await self._enter(request)
         body = await read_body(request, self._cancel_decoder, self._max_body_bytes)
-        access = await self._access(request, body.session_id)
+        access = self._gatekeeper.access(caller, agent, body.session_id)
         hot = existing(await self._history.find_session(body.session_id, access))
         if not hot.running or await self._logs.cancel(body.session_id, hot.running, access) is not True:
             raise NoTurnRunning
@@ -145,30 +147,31 @@ class ChatApi:
 
     async def available(self, request: Request) -> Response:
         """GET /api/chat/{agent_id}: what a widget asks before it shows itself."""
-        query = read_query(request, AvailabilityQuery)
         agent = await self._agents.load(request.path_params["agent_id"])
+        read_query(request, AvailabilityQuery)
         if not agent.definition.active:
             raise AgentInactive
-        self._gatekeeper.require_domain(Caller(request, {"website_domain": query.website_domain}), agent)
+        self._gatekeeper.require_website(Caller(request), agent)
         # Each page view asks: a browser need not do so more than once in five minutes.
         headers = {"Cache-Control": "private, max-age=300", "Vary": "Origin"}
         return answer(Availability(agent.id, list(agent.definition.channels)), headers=headers)
 
-    async def _access(self, request: Request, session_id: str) -> Access:
+    async def _enter(self, request: Request) -> tuple[Agent, Caller]:
+        """The agent of the path, on a website that may use it, before anything else is read of the request."""
         agent = await self._agents.load(request.path_params["agent_id"])
         caller = Caller(request)
-        return Access(agent.id, caller.website_domain, self._gatekeeper.authorized(caller, session_id, agent.id))
+        self._gatekeeper.require_origin(caller, agent)
+        return agent, caller
 
     async def _read(self, request: Request) -> tuple[Agent, TurnRequest]:
         """The agent and the message of a request that may be answered."""
+        agent, _ = await self._enter(request)
         body = await read_body(request, self._decoder, self._max_body_bytes)
         self._check(body)
-        agent = await self._agents.load(request.path_params["agent_id"])
         if not agent.definition.active:
             raise AgentInactive
-        caller = Caller(request, body.metadata)
-        self._gatekeeper.require_domain(caller, agent)
-        authorized = self._gatekeeper.authorized(caller, body.session_id, agent.id)
+        caller = Caller(request, body.metadata, body.user_token)
+        access = self._gatekeeper.access(caller, agent, body.session_id, begins=True)
         if self._limiter is not None:
             self._limiter.admit(caller.ip_address)
         return agent, TurnRequest(
@@ -180,8 +183,7 @@ class ChatApi:
             audio_url=body.audio_url,
             audio_duration_ms=body.audio_duration_ms,
             if_busy=body.if_busy,
-            website_domain=caller.website_domain,
-            authorized=authorized,
+            access=access,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
         )

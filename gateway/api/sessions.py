@@ -11,13 +11,16 @@ from starlette.responses import Response
 from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper
+from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.auth import SessionToken, SessionTokens
 from gateway.limits import AddressLimiter
 from gateway.problems import (
     AgentInactive,
+    AgentNotFound,
     ChannelNotAllowed,
+    DomainNotAllowed,
+    IdentityRequired,
     InvalidField,
     RedisDown,
     SessionNotFound,
@@ -26,11 +29,11 @@ from gateway.problems import (
 )
 from gateway.streams import Streams
 from gateway.turns import SessionId, existing, raise_refusal
-from persistence.history import History
+from persistence.history import OPERATOR, History
 from persistence.hydrator import Hydrator
 from persistence.postgres import SessionFilter
 from persistence.records import Channel, Role, Session, iso_from
-from persistence.sessions import NewSession, Opened, Refused, SessionStore
+from persistence.sessions import Access, NewSession, Opened, Refused, SessionStore
 
 OPEN_ATTEMPTS = 5
 
@@ -41,7 +44,7 @@ class OpenBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     agent_id: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
     session_id: SessionId | None = None
     channel: Channel | None = None
-    user_token: str | None = None
+    user_token: Annotated[str, UserToken] | None = None
     metadata: dict[str, Any] = {}
 
 
@@ -181,15 +184,17 @@ class SessionsApi:
         definition = agent.definition
         if not definition.active:
             raise AgentInactive
-        if body.user_token is not None:
-            raise UserTokenInvalid("this agent has no key to verify user tokens with")
         if body.channel and body.channel not in definition.channels:
             raise ChannelNotAllowed(f"channel: {body.channel}", field="channel")
-        if body.session_id is not None and definition.require_token:
+        caller = Caller(request, body.metadata, body.user_token)
+        self._gatekeeper.require_origin(caller, agent)
+        if body.session_id is None:
+            access = self._gatekeeper.newcomer(caller, agent)
+        elif definition.require_token and not caller.token:
             raise TokenRequired("this agent's session ids are minted by the gateway")
-        caller = Caller(request, body.metadata)
-        self._gatekeeper.require_domain(caller, agent)
-        session_id = body.session_id or f"gs_{token_urlsafe(24)}"
+        else:
+            access = self._gatekeeper.access(caller, agent, body.session_id, begins=True)
+        session_id = body.session_id or f"{MINTED}{token_urlsafe(24)}"
         if self._limiter is not None:
             self._limiter.admit(caller.ip_address)
         new = NewSession(
@@ -198,20 +203,22 @@ class SessionsApi:
             agent_id=agent.id,
             channel=body.channel or definition.channels[0],
             website_domain=caller.website_domain,
-            user_id="",
+            user_id=access.user_id,
             ip_address=caller.ip_address,
             user_agent=caller.user_agent,
             metadata=body.metadata,
             minted=body.session_id is None,
             hot_ttl_s=definition.hot_ttl_s,
         )
-        authorized = body.session_id is not None and self._gatekeeper.authorized(caller, session_id, agent.id)
-        opened = await self._open(new, authorized)
+        # A token is given out for a session that is there: one that is not has been erased since, and stays so.
+        known = body.session_id is not None and (definition.require_token or (access.authorized and not access.trusted))
+        opened = await self._open(new, access, may_create=not known)
         session = opened.session
+        token = SessionToken(session.session_id, agent.id, session.website_domain, session.user_id)
         return answer(
             OpenedSession(
                 session_id=session.session_id,
-                session_token=self._tokens.mint(SessionToken(session.session_id, agent.id, session.website_domain)),
+                session_token=self._tokens.mint(token),
                 agent_id=session.agent_id,
                 channel=session.channel,
                 status=session.status,
@@ -220,10 +227,10 @@ class SessionsApi:
             201 if opened.created else 200,
         )
 
-    async def _open(self, new: NewSession, authorized: bool) -> Opened:
+    async def _open(self, new: NewSession, access: Access, *, may_create: bool) -> Opened:
         ticket = 0
         for _ in range(OPEN_ATTEMPTS):
-            outcome = await self._store.open(new, ticket=ticket, authorized=authorized)
+            outcome = await self._store.open(new, ticket=ticket, authorized=access.authorized, trusted=access.trusted)
             if isinstance(outcome, Opened):
                 return outcome
             if isinstance(outcome, Refused):
@@ -231,19 +238,21 @@ class SessionsApi:
             ticket = outcome.ticket
             if await self._hydrator.hydrate(new.session_id, ticket):
                 ticket = 0
+            elif not may_create:
+                raise SessionNotFound
         raise RedisDown("the session left Redis again and again", retry_after_s=1)
 
     async def show(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        found = await self._history.find_session(session_id, self._gatekeeper.access(request, session_id))
+        found = await self._history.find_session(session_id, await self._access(request, session_id))
         return answer(_view(existing(found).session))
 
     async def messages(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/messages"""
         query = read_query(request, MessagesQuery)
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
+        access = await self._access(request, session_id)
         page = existing(await self._history.find_messages(session_id, access, query.before, query.limit))
         views = [msgspec.convert(message, MessageView, from_attributes=True) for message in page.messages]
         return answer(MessagesAnswer(views, page.next_before))
@@ -251,13 +260,13 @@ class SessionsApi:
     async def events(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/events"""
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
+        access = await self._access(request, session_id)
         return event_stream(await self._streams.open_feed(session_id, access, read_cursor(request)))
 
     async def end(self, request: Request) -> Response:
         """POST /api/sessions/{session_id}/end"""
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
+        access = await self._access(request, session_id)
         ended: Session | Refused | None = await self._hydrator.with_session(
             session_id, lambda: self._store.end(session_id, access)
         )
@@ -266,10 +275,35 @@ class SessionsApi:
     async def erase(self, request: Request) -> Response:
         """DELETE /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        access = self._gatekeeper.access(request, session_id)
+        access = await self._access(request, session_id)
         erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
         existing(erased)
         return Response(status_code=204)
+
+    async def _access(self, request: Request, session_id: str) -> Access:
+        """The caller's access to a session. Its agent, which the path does not name, is asked of the session itself.
+
+        Whatever does not let the caller in is told as if there were no such session.
+        """
+        if self._gatekeeper.is_admin(request):
+            return OPERATOR
+        caller = Caller(request)
+        try:
+            found = existing(await self._history.find_session(session_id, OPERATOR))
+            agent = await self._agents.load(found.session.agent_id)
+        except (SessionNotFound, AgentNotFound):
+            self._gatekeeper.refuse_absent(caller, session_id)
+            raise SessionNotFound from None
+        try:
+            return self._gatekeeper.access(caller, agent, session_id)
+        except (DomainNotAllowed, IdentityRequired) as problem:
+            raise SessionNotFound from problem
+        except UserTokenInvalid as problem:
+            session = found.session
+            if session.user_id or caller.website_domain not in ("", session.website_domain):
+                raise SessionNotFound from problem
+            # A session that needs no user token, so that nothing is given away: the caller would see it without.
+            raise
 
     async def statistics(self, request: Request) -> Response:
         """GET /api/sessions/stats"""
