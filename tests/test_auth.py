@@ -105,7 +105,8 @@ def test_a_token_that_was_minted_for_a_user_names_the_user() -> None:
 
 
 def test_claims_of_a_wrong_type_say_nothing() -> None:
-    for claim in ({"sid": 1}, {"aid": None}, {"dom": ["shop.example"]}, {"uid": {}}):
+    wrong: list[dict[str, Any]] = [{"sid": 1}, {"aid": None}, {"dom": ["shop.example"]}, {"uid": {}}]
+    for claim in wrong:
         assert SessionTokens([KEY], 60).verify(signed(CLAIMS | {"exp": int(time()) + 60} | claim)) is None
 
 
