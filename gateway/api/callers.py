@@ -5,7 +5,7 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 
-from gateway.auth import SessionToken, SessionTokens, bearer, is_admin, is_one_of, read_user_token
+from gateway.auth import Expired, SessionToken, SessionTokens, bearer, is_admin, is_one_of, read_user_token
 from gateway.domains import AllowedDomains, Origin, normal_domain, read_origin
 from gateway.problems import (
     AdminKeyRequired,
@@ -176,7 +176,9 @@ class Gatekeeper:
         try:
             return read_user_token(next(iter(caller.user_tokens)), agent.definition.site_keys)
         except ValueError as error:
-            raise UserTokenInvalid(str(error)) from error
+            problem = UserTokenInvalid(str(error))
+            problem.expired_user = error.user_id if isinstance(error, Expired) else None
+            raise problem from error
 
     def _require_identity(self, agent: Agent, user_id: str, concerned: bool) -> None:
         if agent.definition.require_identity and concerned and not user_id:

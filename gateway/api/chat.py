@@ -71,7 +71,7 @@ class CancelAnswer(msgspec.Struct):
 
 
 class AvailabilityQuery(msgspec.Struct, forbid_unknown_fields=True):
-    """The website that asks, for requests without an Origin header: those from the gateway's own pages."""
+    """What a page says of itself. It opens no door: only an Origin does."""
 
     website_domain: Annotated[str, msgspec.Meta(max_length=255)] = ""
 

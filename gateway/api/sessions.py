@@ -300,9 +300,10 @@ class SessionsApi:
             raise SessionNotFound from problem
         except UserTokenInvalid as problem:
             session = found.session
-            if session.user_id or caller.website_domain not in ("", session.website_domain):
+            elsewhere = caller.website_domain not in ("", session.website_domain)
+            if elsewhere or session.user_id not in ("", problem.expired_user):
                 raise SessionNotFound from problem
-            # A session that needs no user token, so that nothing is given away: the caller would see it without.
+            # It gives nothing away: the session is nobody's, or the token was once its user's.
             raise
 
     async def statistics(self, request: Request) -> Response:

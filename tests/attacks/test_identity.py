@@ -259,6 +259,8 @@ async def test_learning_from_a_bad_user_token_whether_a_users_session_exists(cli
         there = await call(client, name, owned, headers)
         problem(there, 404, "session_not_found")
         assert shape(there) == shape(await call(client, name, ABSENT, headers)), name
+    expired = at(SHOP, **{"X-User-Token": user_token(exp=int(time()) - 60)})
+    await refused(client, CALLS, owned, expired, 401, "user_token_invalid")
     assert (await call(client, "show", owned, as_user())).status_code == 200
 
 
