@@ -394,7 +394,7 @@ JSON_VALUES = st.recursive(
 NAMES = [
     "message", "session_id", "metadata", "message_id", "channel", "audio_url", "audio_duration_ms", "if_busy",
     "agent_id", "user_token", "graph", "config", "allowed_domains", "channels", "history_window", "hot_ttl_s",
-    "turn_timeout_s", "rate_limit", "require_token", "active",
+    "turn_timeout_s", "rate_limit", "require_token", "active", "site_keys", "require_identity",
 ]  # fmt: skip
 LIKELY = {
     MESSAGE: {"message": "Hello", "session_id": "session_1234567890_random"},
