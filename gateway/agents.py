@@ -4,11 +4,14 @@ Postgres owns the definitions and Redis has a copy; a change is on every pod wit
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 
+import msgspec
 from uuid_utils.compat import uuid7
 
+from gateway.auth import fingerprint
+from gateway.domains import check_allowed_domains
 from gateway.problems import AgentNotFound, InvalidField, NameTaken
 from persistence.agents import Agent, AgentCopies, AgentDefinition, as_uuid
 from persistence.errors import DataRefused, PostgresUnavailable
@@ -53,6 +56,11 @@ class Agents:
                 await self._copies.put(agent)
         return agent
 
+    def known(self, reference: str) -> Agent | None:
+        """The agent as it was looked up last, without asking anybody."""
+        found = self._known.get(reference)
+        return found[1] if found else None
+
     async def put(self, reference: str, definition: AgentDefinition) -> tuple[Agent, bool]:
         """Creates the agent of that name, or replaces the definition of the one with that UUID or name.
 
@@ -63,6 +71,7 @@ class Agents:
         old = await self._postgres.find_agent(reference)
         if old is None and as_uuid(reference) is not None:
             raise AgentNotFound("an agent is created under a name, not under a UUID")
+        definition = _checked(definition, old.definition.site_keys if old else ())
         agent = Agent(old.id if old else str(uuid7()), old.name if old else reference, definition)
         try:
             await self._postgres.put_agent(agent)
@@ -96,6 +105,22 @@ class Agents:
     async def list(self) -> list[Agent]:
         """Every agent, by name."""
         return await self._postgres.list_agents()
+
+
+def _checked(definition: AgentDefinition, known_keys: Sequence[str]) -> AgentDefinition:
+    """The definition with its site keys whole. Raises InvalidField for what can never work."""
+    try:
+        check_allowed_domains(definition.allowed_domains)
+    except ValueError as error:
+        raise InvalidField(f"allowed_domains: {error}", field="allowed_domains") from error
+    by_fingerprint = {fingerprint(key): key for key in known_keys}
+    try:
+        keys = tuple(by_fingerprint[key] if key.startswith("sha256:") else key for key in definition.site_keys)
+    except KeyError as error:
+        raise InvalidField("site_keys: the agent has no key with this fingerprint", field="site_keys") from error
+    if len(set(keys)) < len(keys):
+        raise InvalidField("site_keys: one is there twice", field="site_keys")
+    return msgspec.structs.replace(definition, site_keys=keys)
 
 
 def check_name(name: str) -> None:

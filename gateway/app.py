@@ -13,7 +13,6 @@ import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -24,6 +23,7 @@ from gateway.agents import Agents
 from gateway.api.agents import AgentsApi
 from gateway.api.callers import Gatekeeper
 from gateway.api.chat import ChatApi
+from gateway.api.cors import Cors
 from gateway.api.headers import SafeHeaders
 from gateway.api.ops import OpsApi
 from gateway.api.rendering import on_http_exception, on_persistence_error, on_problem, on_unexpected
@@ -194,15 +194,7 @@ class Pod:
             middleware=[
                 Middleware(ClientAddress, trusted=settings.trusted_networks),
                 Middleware(SafeHeaders),
-                # Websites call from anywhere; no cookie is ever read, and who may use an agent its allowed_domains say.
-                Middleware(
-                    CORSMiddleware,
-                    allow_origins=["*"],
-                    allow_methods=["GET", "POST", "DELETE"],
-                    allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
-                    expose_headers=["Retry-After", "RateLimit", "RateLimit-Policy"],
-                    max_age=600,
-                ),
+                Middleware(Cors, agents=stores.agents, gatekeeper=gatekeeper),
             ],
             exception_handlers={
                 Problem: on_problem,

@@ -1,72 +1,143 @@
-"""Who may do what: session tokens, website domains. The admin key is admin.py's."""
+"""Who may do what: session tokens, user tokens, site keys. Nothing here asks a store. The admin key is admin.py's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from hmac import compare_digest
 from time import time
-from urllib.parse import urlsplit
+from typing import Any
 
 import jwt
 import msgspec
 
 ALGORITHM = "HS256"
+MAX_TOKEN = 4096
+"""Characters. No token that is given out here, or by a site, comes near it."""
+MAX_USER_TOKEN_S = 24 * 3600
+CLOCK_LEEWAY_S = 30
+"""How far a site's clock may be off."""
+MAX_USER_ID = 255
+
+
+class Expired(ValueError):
+    """A token was good until its time ran out. `user_id` is whose it was."""
+
+    def __init__(self, user_id: object) -> None:
+        super().__init__("it has expired")
+        self.user_id = user_id
 
 
 class SessionToken(msgspec.Struct, frozen=True):
-    """What a token says: the session, its agent and its website domain."""
+    """What a token says: the session, its agent, its website domain, and the user it belongs to ('': nobody's yet)."""
 
     session_id: str
     agent_id: str
     website_domain: str
+    user_id: str = ""
 
 
 class SessionTokens:
-    """Signs and verifies session tokens (JWT, RFC 7519, HS256) with the first key; verifies with all of them."""
+    """Signs and verifies session tokens (JWT, RFC 7519, HS256) with the first key; verifies with all of them.
+
+    A token names its key (`kid`), so that only that one is tried; one without a name is of an earlier version.
+    """
 
     def __init__(self, keys: Sequence[str], ttl_s: float) -> None:
-        self._keys = keys
+        self._keys = {sha256(b"session token key\0" + key.encode()).hexdigest()[:8]: key for key in reversed(keys)}
         self._ttl_s = ttl_s
+        self._kid, self._key = list(self._keys.items())[-1]
 
     def mint(self, token: SessionToken) -> str:
-        claims = {
+        claims: dict[str, Any] = {
             "sid": token.session_id,
             "aid": token.agent_id,
             "dom": token.website_domain,
             "exp": int(time() + self._ttl_s),
         }
-        return jwt.encode(claims, self._keys[0], ALGORITHM)
+        if token.user_id:
+            claims["uid"] = token.user_id
+        return jwt.encode(claims, self._key, ALGORITHM, {"kid": self._kid})
 
     def verify(self, text: str) -> SessionToken | None:
         """What a token says, or None when it is not good (any more)."""
-        for key in self._keys:
-            try:
-                claims = jwt.decode(text, key, algorithms=[ALGORITHM], options={"require": ["sid", "aid", "dom", "exp"]})
-            except jwt.InvalidTokenError:
-                continue
-            return SessionToken(str(claims["sid"]), str(claims["aid"]), str(claims["dom"]))
-        return None
+        kid = _key_name(text)
+        keys = list(self._keys.values()) if kid is None else [key for name, key in self._keys.items() if name == kid]
+        try:
+            claims = _claims(text, keys, ("sid", "aid", "dom", "exp"))
+        except ValueError:
+            return None
+        uid = claims.get("uid", "")
+        if not all(isinstance(value, str) for value in (claims["sid"], claims["aid"], claims["dom"], uid)):
+            return None
+        return SessionToken(claims["sid"], claims["aid"], claims["dom"], uid)
 
 
-def normal_domain(text: str) -> str:
-    """A host name as it is stored and compared: lower case, no trailing dot, no longer than its column."""
-    return text.strip().lower().rstrip(".")[:255]
+def read_user_token(text: str, site_keys: Sequence[str]) -> str:
+    """The user of a token that a site has signed for a visitor. Raises ValueError, which says what is wrong with it.
+
+    A JWT, HS256 with one of the agent's site keys, and the claims `sub` (a string) and `exp` (at most 24 hours ahead).
+    """
+    if not site_keys:
+        raise ValueError("this agent has no site key to verify user tokens with")
+    claims = _claims(text, site_keys, ("sub", "exp"), leeway_s=CLOCK_LEEWAY_S)
+    if int(claims["exp"]) > time() + MAX_USER_TOKEN_S + CLOCK_LEEWAY_S:
+        raise ValueError("exp is more than 24 hours ahead")
+    user_id = claims["sub"]
+    if not isinstance(user_id, str) or not 0 < len(user_id) <= MAX_USER_ID or not user_id.isprintable():
+        raise ValueError(f"sub is not a string of 1 to {MAX_USER_ID} printable characters")
+    return user_id
 
 
-def origin_domain(origin: str) -> str:
-    """The host name of an Origin header; empty for `null` and for what is no origin."""
+def _claims(text: str, keys: Iterable[str], required: Sequence[str], *, leeway_s: float = 0) -> dict[str, Any]:
+    """The claims of a token signed with one of the keys, HS256 and no other way. Raises ValueError with the reason.
+
+    Signatures are compared in constant time, by PyJWT.
+    """
+    if len(text) > MAX_TOKEN or not text.isascii():
+        raise ValueError("it is no token")
+    reason = "no key has signed it"
+    for key in keys:
+        try:
+            return jwt.decode(text, key, algorithms=[ALGORITHM], options={"require": list(required)}, leeway=leeway_s)
+        except jwt.InvalidSignatureError:
+            continue
+        except jwt.ExpiredSignatureError as error:
+            # The signature was verified before the time was looked at.
+            raise Expired(jwt.decode(text, options={"verify_signature": False}).get("sub")) from error
+        except jwt.MissingRequiredClaimError as error:
+            raise ValueError(f"the claim {error.claim} is missing") from error
+        except jwt.InvalidAlgorithmError as error:
+            raise ValueError(f"it is not signed with {ALGORITHM}") from error
+        except (jwt.DecodeError, ValueError, OverflowError, RecursionError):
+            # What a header or claims can be: no JSON, nested without end, an infinite number.
+            reason = "it is no token"
+        except jwt.PyJWTError:
+            reason = "its claims are wrong"
+    raise ValueError(reason)
+
+
+def _key_name(text: str) -> str | None:
+    """The name of the key that a token says it is signed with."""
     try:
-        return normal_domain(urlsplit(origin).hostname or "")
-    except ValueError:
-        return ""
+        kid = jwt.get_unverified_header(text[:MAX_TOKEN]).get("kid")
+    except (jwt.PyJWTError, ValueError, RecursionError):
+        return None
+    return kid if isinstance(kid, str) else None
 
 
-def domain_allowed(domain: str, allowed: Sequence[str]) -> bool:
-    """Whether a website may use an agent: an exact host or `*.example.com`; an empty list allows any."""
-    if not allowed:
-        return True
-    if not domain:
-        return False
-    for pattern in map(normal_domain, allowed):
-        if domain == pattern or (
-            pattern.startswith("*.") and domain.endswith(pattern[1:]) and len(domain) > len(pattern) - 1
-        ):
-            return True
-    return False
+def bearer(authorization: str) -> str:
+    """The credentials of an Authorization header (RFC 6750); empty when they are of another kind."""
+    scheme, _, given = authorization.partition(" ")
+    return given.strip() if scheme.lower() == "bearer" else ""
+
+
+def is_one_of(given: str, keys: Iterable[str]) -> bool:
+    """Whether something is one of the keys: each is compared, in constant time."""
+    found = False
+    for key in keys:
+        found |= compare_digest(given.encode(errors="surrogatepass"), key.encode())
+    return found
+
+
+def fingerprint(site_key: str) -> str:
+    """How a site key is shown: enough to tell which it is, and nothing of it."""
+    return f"sha256:{sha256(site_key.encode()).hexdigest()[:12]}"

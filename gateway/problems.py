@@ -73,6 +73,12 @@ class TokenInvalid(Problem):
 
 class UserTokenInvalid(Problem):
     status, code, title = 401, "user_token_invalid", "The user token cannot be verified"
+    expired_user: object = None
+    """Whose it was, when nothing is wrong with the token but that its time has run out."""
+
+
+class IdentityRequired(Problem):
+    status, code, title = 401, "identity_required", "This agent answers known users only: a user token is needed"
 
 
 class AdminKeyRequired(Problem):

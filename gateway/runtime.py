@@ -26,7 +26,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import StateGraph
 from langgraph.pregel import Pregel
 
-from gateway.auth import normal_domain
+from gateway.domains import normal_domain
 from gateway.logs import frames
 from gateway.problems import AgentInactive, GraphFailed, GraphInvalidOutput, GraphNotConfigured, InvalidField
 from gateway.streams import TurnLog
@@ -45,6 +45,7 @@ from gateway.turns import (
 )
 from persistence.agents import Agent, AgentDefinition
 from persistence.records import Message
+from persistence.sessions import Access
 
 log = structlog.get_logger()
 
@@ -399,7 +400,7 @@ class AgentRuntime:
             session_id=session_id,
             message=user_input,
             metadata=metadata,
-            website_domain=normal_domain(str(metadata.get("website_domain", ""))),
+            access=Access(agent.id, normal_domain(str(metadata.get("website_domain", "")))),
             user_agent=str(metadata.get("user_agent", "")),
         )
         result = await self.execute(agent, request)

@@ -81,7 +81,7 @@ class AttachedElsewhere(TurnInProgress):
 
 
 class TurnRequest(msgspec.Struct, kw_only=True):
-    """A visitor's message and what is known of its sender. `authorized` when the session's token came with it."""
+    """A visitor's message and what is known of its sender: `access` names the agent, the website and the user."""
 
     session_id: str
     message: str
@@ -91,8 +91,7 @@ class TurnRequest(msgspec.Struct, kw_only=True):
     audio_url: str | None = None
     audio_duration_ms: int | None = None
     if_busy: IfBusy | None = None
-    website_domain: str = ""
-    authorized: bool = False
+    access: Access
     ip_address: str = ""
     user_agent: str = ""
 
@@ -399,16 +398,17 @@ class Turns:
     async def _create(self, turn: "_Running", ticket: int) -> None:
         """Creates the session that its first message names; a stale ticket leaves it to the next begin."""
         definition, request = turn.agent.definition, turn.request
+        access = request.access
         # A token is given out for a session that is there: one that is not has been erased since, and stays so.
-        if definition.require_token or request.authorized:
+        if definition.require_token or (access.authorized and not access.trusted):
             raise SessionNotFound
         new = NewSession(
             id=str(uuid7()),
             session_id=request.session_id,
             agent_id=turn.agent.id,
             channel=request.channel or definition.channels[0],
-            website_domain=request.website_domain,
-            user_id="",
+            website_domain=access.website_domain,
+            user_id=access.user_id,
             ip_address=request.ip_address,
             user_agent=request.user_agent,
             metadata=request.metadata,
@@ -420,7 +420,7 @@ class Turns:
         except Problem:
             turn.settled = True
             raise
-        opened = await self._store.open(new, ticket=ticket)
+        opened = await self._store.open(new, ticket=ticket, trusted=access.trusted)
         turn.admission.session_created(isinstance(opened, Opened) and opened.created)
         if isinstance(opened, Refused):
             turn.settled = True
@@ -664,7 +664,7 @@ class _Running:
         self.request = request
         self.admission = admission
         self.outcome: Outcome = "refused"
-        self.access = Access(agent.id, request.website_domain, request.authorized)
+        self.access = request.access
         self.policy: TurnPolicy = agent.definition.policy
         if request.if_busy:
             self.policy = msgspec.structs.replace(self.policy, if_busy=request.if_busy)

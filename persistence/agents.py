@@ -12,6 +12,11 @@ from persistence.scripts import Scripts
 from persistence.sessions import IfBusy, TurnPolicy
 
 MIN_HOT_TURNS = 10
+MAX_SITE_KEYS = 4
+# 32 to 255 printable characters, or the fingerprint of one.
+SiteKey = Annotated[
+    str, msgspec.Meta(min_length=19, max_length=255, pattern=r"^(sha256:[0-9a-f]{12}|[!-~][ -~]{30,253}[!-~])\Z")
+]
 Domain = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
@@ -31,6 +36,10 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     Limits, over all pods: `rate_limit` is per session, `domain_rate_limit` per website domain, `agent_rate_limit` for the
     whole agent; `max_running_turns` at a time; `turns_per_day` by UTC days. Without `active` it answers nobody.
+
+    `site_keys` are the site's own, the newest first: any of them verifies what the site has signed for its visitors, and is
+    the site's servers' password. They are written whole, and shown as fingerprints; a fingerprint that is written keeps the
+    key that it is of. `require_token` takes minted sessions alone, `require_identity` known users alone.
     """
 
     graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
@@ -47,6 +56,8 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     max_running_turns: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
     turns_per_day: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
     require_token: bool = False
+    site_keys: Annotated[tuple[SiteKey, ...], msgspec.Meta(max_length=MAX_SITE_KEYS)] = ()
+    require_identity: bool = False
     active: bool = True
     truncate_ip: bool = False
     retention_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] | None = None

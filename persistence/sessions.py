@@ -40,11 +40,17 @@ Reason = Literal[
 
 
 class Access(msgspec.Struct, frozen=True):
-    """Who asks: compared with the session's own binding. An empty `agent_id` or `website_domain` is not compared."""
+    """Who asks: compared with the session's own binding. An empty `agent_id` or `website_domain` is not compared.
+
+    `authorized` when the session's token came along, `user_id` when the user was verified; `trusted` callers, operators and
+    servers of the site, have the sessions of all users.
+    """
 
     agent_id: str = ""
     website_domain: str = ""
     authorized: bool = False
+    user_id: str = ""
+    trusted: bool = False
 
 
 class TurnPolicy(msgspec.Struct, frozen=True):
@@ -294,17 +300,18 @@ class SessionStore:
         )
         return bool(reply[0] == "renewed")
 
-    async def open(self, new: NewSession, *, ticket: int = 0, authorized: bool = False) -> Opened | Absent | Refused:
-        """Creates the session, or finds it."""
+    async def open(
+        self, new: NewSession, *, ticket: int = 0, authorized: bool = False, trusted: bool = False
+    ) -> Opened | Absent | Refused:
+        """Creates the session, or finds it. One that is nobody's yet becomes `new.user_id`'s."""
         reply = await self._scripts.run(
             "open",
             new.session_id,
             self._key(new.session_id, "outbox", "outbox_bytes", "fence", "live", "ticket"),
             {
                 "id": new.id,
-                **access_arguments(Access(new.agent_id, new.website_domain, authorized)),
+                **access_arguments(Access(new.agent_id, new.website_domain, authorized, new.user_id, trusted)),
                 "channel": new.channel,
-                "user_id": new.user_id,
                 "ip_address": new.ip_address,
                 "user_agent": new.user_agent,
                 "metadata": encode_object(new.metadata),
@@ -399,7 +406,7 @@ class SessionStore:
 
     async def erase_idle(self, session_id: str, agent_id: str, idle_ms: int) -> bool | Absent:
         """Erases an agent's session if it was idle for `idle_ms`; whether it did."""
-        reply = await self._erase(session_id, Access(agent_id, authorized=True), idle_ms)
+        reply = await self._erase(session_id, Access(agent_id, authorized=True, trusted=True), idle_ms)
         return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "erased"
 
     async def _erase(self, session_id: str, access: Access, idle_ms: int | str) -> list[Any]:
@@ -434,6 +441,8 @@ def access_arguments(access: Access) -> dict[str, str | int]:
         "agent_id": access.agent_id,
         "website_domain": access.website_domain,
         "authorized": int(access.authorized),
+        "user_id": access.user_id,
+        "trusted": int(access.trusted),
     }
 
 

@@ -81,7 +81,7 @@ async def test_every_problem_has_a_request_id_of_its_own(client: httpx.AsyncClie
 async def test_a_website_can_read_a_problem_too(client: httpx.AsyncClient) -> None:
     answer = await client.post(MESSAGE, json={}, headers={"Origin": "https://shop.example"})
     problem(answer, 422, "invalid_field", "message")
-    assert answer.headers["access-control-allow-origin"] == "*"
+    assert answer.headers["access-control-allow-origin"] == "https://shop.example"
 
 
 # ---------------------------------------------------------------------------------------------------------- broken bodies
@@ -397,7 +397,7 @@ JSON_VALUES = st.recursive(
 NAMES = [
     "message", "session_id", "metadata", "message_id", "channel", "audio_url", "audio_duration_ms", "if_busy",
     "agent_id", "user_token", "graph", "config", "allowed_domains", "channels", "history_window", "hot_ttl_s",
-    "turn_timeout_s", "rate_limit", "require_token", "active",
+    "turn_timeout_s", "rate_limit", "require_token", "active", "site_keys", "require_identity",
 ]  # fmt: skip
 LIKELY = {
     MESSAGE: {"message": "Hello", "session_id": "session_1234567890_random"},
@@ -567,12 +567,12 @@ async def test_an_agent_answers_only_the_websites_it_allows(client: httpx.AsyncC
                 assert outcome(answer) == (403, "domain_not_allowed", None), origin
 
 
-async def test_what_a_page_says_of_itself_counts_only_without_an_origin(
-    client: httpx.AsyncClient, put_agent: PutAgent
-) -> None:
+async def test_what_a_page_says_of_itself_opens_no_door(client: httpx.AsyncClient, put_agent: PutAgent) -> None:
     await put_agent("picky", allowed_domains=("shop.example",))
     claim = body(metadata={"website_domain": "shop.example"})
-    assert (await client.post("/api/chat/picky/message", json=claim)).status_code == 200
+    problem(await client.post("/api/chat/picky/message", json=claim), 403, "domain_not_allowed")
+    headers = {"Origin": "https://shop.example"}
+    assert (await client.post("/api/chat/picky/message", json=claim, headers=headers)).status_code == 200
     for origin in ("https://evil.example", "null", ""):
         answer = await client.post("/api/chat/picky/message", json=claim, headers={"Origin": origin})
         problem(answer, 403, "domain_not_allowed")

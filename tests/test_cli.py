@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from gateway.app import Stores
+from gateway.auth import fingerprint
 from gateway.servers import PostgresServer, RedisServer, free_port
 from gateway.settings import Settings
 from persistence.sessions import NewSession
@@ -93,7 +94,8 @@ async def test_agents_are_put_shown_listed_and_deleted(stores: Stores, variables
     word, name, agent_id = put.out.split()
     assert (word, name) == ("created", "shop")
 
-    definition = json.dumps({"graph": "echo", "history_window": 4})
+    site_key = "a site key that nobody is shown again"
+    definition = json.dumps({"graph": "echo", "history_window": 4, "site_keys": [site_key]})
     again = await run_gateway("agents", "put", "shop", "--definition", "-", variables=variables, stdin=definition)
     assert again.out == f"replaced shop {agent_id}\n"
 
@@ -102,6 +104,8 @@ async def test_agents_are_put_shown_listed_and_deleted(stores: Stores, variables
     )
     shown = json.loads(shown_out.out)
     assert (shown["id"], shown["name"], shown["history_window"]) == (agent_id, "shop", 4)
+    assert shown["site_keys"] == [fingerprint(site_key)]
+    assert site_key not in shown_out.out + again.out + again.error
     assert (await stores.agents.load("shop")).definition.history_window == 4
 
     assert [line.split() for line in listed.out.splitlines()] == [[agent_id, "shop", "echo", "active"]]

@@ -386,6 +386,75 @@ async def test_strangers_are_refused_and_change_nothing(layer: Layer, name: str,
     assert await layer.dump() == before
 
 
+USER, OTHER_USER = Access(AGENT_ID, DOMAIN, user_id="user-1"), Access(AGENT_ID, DOMAIN, user_id="user-2")
+
+
+@pytest.mark.parametrize("stranger", [ACCESS, OTHER_USER, Access(AGENT_ID, DOMAIN, authorized=True)])
+@pytest.mark.parametrize("name", OPERATIONS)
+async def test_a_users_session_is_for_that_user_alone(layer: Layer, name: str, stranger: Access) -> None:
+    session_id = (await layer.open(user_id="user-1")).session_id
+    before = await layer.dump()
+    assert await OPERATIONS[name](layer.sessions, session_id, stranger) == Refused("foreign")
+    assert await layer.dump() == before
+    done = await OPERATIONS[name](layer.sessions, session_id, USER)
+    assert not isinstance(done, Refused | Absent)
+    await layer.sessions.abort(session_id, "x")
+
+
+async def test_without_the_comparison_a_users_session_would_be_anybodys(layer: Layer) -> None:
+    """Control: the same session, whose user was taken out of the hash."""
+    session_id = (await layer.open(user_id="user-1")).session_id
+    assert await layer.sessions.read(session_id, OTHER_USER) == Refused("foreign")
+    await layer.set(session_id, user_id="")
+    assert isinstance(await layer.sessions.read(session_id, OTHER_USER), Hot)
+
+
+async def test_a_session_becomes_the_users_who_comes_first_and_postgres_is_told_whatever_becomes_of_the_turn(
+    layer: Layer,
+) -> None:
+    session_id = (await layer.open()).session_id
+    await layer.chat(session_id)
+    await layer.flush()
+    for _ in range(2):
+        begun = await layer.sessions.begin(session_id, "x", USER, POLICY)
+        assert isinstance(begun, Begun)
+        assert begun.session.user_id == "user-1"
+    assert await layer.sessions.abort(session_id, "x")
+    assert not await layer.has_ttl(session_id)
+    assert await layer.sessions.begin(session_id, "y", OTHER_USER, POLICY) == Refused("foreign")
+    assert [(record.fact, record.session.user_id) for record in await layer.flush()] == [("opened:3", "user-1")]
+    assert await layer.has_ttl(session_id)
+
+
+async def test_opening_a_session_of_nobody_makes_it_the_users_too(layer: Layer) -> None:
+    session_id = (await layer.open()).session_id
+    for _ in range(2):
+        found = await layer.sessions.open(new_session(session_id, user_id="user-1"))
+        assert isinstance(found, Opened)
+        assert (found.created, found.session.user_id) == (False, "user-1")
+    for user_id in ("", "user-2"):
+        assert await layer.sessions.open(new_session(session_id, user_id=user_id)) == Refused("foreign")
+    assert [record.session.user_id for record in await layer.flush()] == ["", "user-1"]
+
+
+async def test_looking_at_a_session_makes_it_nobodys(layer: Layer) -> None:
+    session_id = (await layer.open()).session_id
+    before = await layer.dump()
+    assert isinstance(await layer.sessions.read(session_id, USER), Hot)
+    assert await layer.dump() == before
+
+
+async def test_an_erased_session_is_told_from_none_by_nobody_but_those_who_had_it(layer: Layer) -> None:
+    mine, anonymous = (await layer.open(user_id="user-1")).session_id, (await layer.open()).session_id
+    for session_id in (mine, anonymous):
+        assert isinstance(await layer.sessions.erase(session_id, OPERATOR), str)
+        for stranger in (Access(OTHER_AGENT, DOMAIN), Access(AGENT_ID, "other.example")):
+            assert await layer.sessions.begin(session_id, "x", stranger, POLICY) == Refused("foreign")
+    assert await layer.sessions.begin(mine, "x", OTHER_USER, POLICY) == Refused("foreign")
+    assert await layer.sessions.begin(anonymous, "x", ACCESS, POLICY) == Refused("erased")
+    assert "user-1" not in str(await layer.dump())
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 async def test_minted_sessions_need_their_token(layer: Layer, name: str) -> None:
     session_id = (await layer.open(minted=True)).session_id

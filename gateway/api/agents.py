@@ -8,6 +8,7 @@ from gateway.agents import Agents
 from gateway.api.callers import Gatekeeper
 from gateway.api.rendering import answer, check_text, read_body
 from gateway.audit import Operator, audited, changed
+from gateway.auth import fingerprint
 from gateway.runtime import Graphs
 from persistence.agents import Agent, AgentDefinition
 
@@ -26,8 +27,10 @@ class AgentList(msgspec.Struct):
 
 
 def view(agent: Agent) -> AgentAnswer:
-    """An agent as it is shown."""
-    return AgentAnswer(id=agent.id, name=agent.name, **msgspec.structs.asdict(agent.definition))
+    """An agent as it is shown: of its site keys the fingerprints alone."""
+    shown = msgspec.structs.asdict(agent.definition)
+    shown["site_keys"] = tuple(map(fingerprint, agent.definition.site_keys))
+    return AgentAnswer(id=agent.id, name=agent.name, **shown)
 
 
 class AgentsApi:

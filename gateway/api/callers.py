@@ -1,36 +1,59 @@
-"""Who calls: the website a request comes from, its session token, its admin key, its address."""
+"""Who calls: the website a request comes from, its session token, user token, site key or admin key, its address."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
+import msgspec
 from starlette.requests import Request
 
 from gateway.admin import AdminDoor
 from gateway.api.rendering import request_id
 from gateway.audit import Operator
-from gateway.auth import SessionTokens, domain_allowed, normal_domain, origin_domain
-from gateway.problems import AdminKeyRequired, DomainNotAllowed, InvalidField, TokenInvalid
+from gateway.auth import Expired, SessionToken, SessionTokens, bearer, is_one_of, read_user_token
+from gateway.domains import AllowedDomains, Origin, normal_domain, read_origin
+from gateway.problems import (
+    AdminKeyRequired,
+    DomainNotAllowed,
+    IdentityRequired,
+    InvalidField,
+    SessionNotFound,
+    TokenInvalid,
+    TokenRequired,
+    UserTokenInvalid,
+)
 from gateway.settings import TOKEN_BEGINS
 from persistence.agents import Agent
 from persistence.sessions import Access
 
 MAX_USER_AGENT = 512
+MINTED = "gs_"
+"""What the ids of minted sessions begin with. Without a token, all of them are refused alike, those that there are and
+those that there are not."""
+KNOWN_AGENTS = 10_000
+
+UserToken = msgspec.Meta(max_length=4096, description="A JWT with which the agent's site says who its visitor is")
 
 
 class Caller:
     """What a request says of its sender. The domain of the Origin header goes before one in the body."""
 
-    def __init__(self, request: Request, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(self, request: Request, metadata: dict[str, Any] | None = None, user_token: str | None = None) -> None:
         headers = request.headers
         metadata = metadata or {}
-        origin = headers.get("origin")
-        if origin is not None:
-            self.website_domain = origin_domain(origin)
+        origins = headers.getlist("origin")
+        self.origin: Origin | None = None
+        if origins:
+            # A browser sends one.
+            self.origin = read_origin(origins[0] if len(origins) == 1 else "null")
+            self.website_domain = self.origin.domain
         else:
             self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
         self.user_agent = (headers.get("user-agent") or _text(metadata, "user_agent", 10_000))[:MAX_USER_AGENT]
         self.ip_address = address_of(request)
-        self.token = bearer(request)
+        self.request = request
+        self.token = bearer(headers.get("authorization", ""))
+        # Two that differ are one too many: which of them is meant is not for us to guess.
+        self.user_tokens = {token for token in (user_token, headers.get("x-user-token")) if token is not None}
 
 
 def address_of(request: Request) -> str:
@@ -38,10 +61,10 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-def bearer(request: Request) -> str:
-    """The credentials of an `Authorization: Bearer` header (RFC 6750); empty without."""
-    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-    return credentials.strip() if scheme.lower() == "bearer" else ""
+def known_operator(request: Request) -> Operator | None:
+    """The operator who makes this request, if the gatekeeper has found that one does."""
+    operator: Operator | None = getattr(request.state, "operator", None)
+    return operator
 
 
 def kept_address(address: str, *, truncate: bool) -> str:
@@ -68,11 +91,16 @@ def _text(metadata: dict[str, Any], name: str, longest: int) -> str:
 
 
 class Gatekeeper:
-    """Decides what a caller may see: shared by all routes."""
+    """Decides what a caller may see: shared by all routes.
+
+    Nothing is asked of a store here, so what is refused here is refused alike for sessions that there are and for those
+    that there are not; what depends on the session itself, lua/prelude's `refusal` decides, atomically.
+    """
 
     def __init__(self, tokens: SessionTokens, door: AdminDoor) -> None:
         self._tokens = tokens
         self._door = door
+        self._domains: dict[str, AllowedDomains] = {}
 
     def require_admin(self, request: Request) -> Operator:
         """The operator who calls. Raises AdminKeyRequired, TlsRequired, RateLimited."""
@@ -87,7 +115,7 @@ class Gatekeeper:
         Anything else is counted as a guess, once a request, so ask this after all that the credentials may be besides.
         Raises TlsRequired, RateLimited.
         """
-        given = bearer(request)
+        given = bearer(request.headers.get("authorization", ""))
         if not given or given.startswith(TOKEN_BEGINS):
             return None
         if not hasattr(request.state, "operator"):
@@ -97,24 +125,112 @@ class Gatekeeper:
         operator: Operator | None = request.state.operator
         return operator
 
-    def require_domain(self, caller: Caller, agent: Agent) -> None:
-        """Raises DomainNotAllowed."""
-        if not domain_allowed(caller.website_domain, agent.definition.allowed_domains):
-            raise DomainNotAllowed(f"website domain: {caller.website_domain or 'unknown'}")
+    def domains(self, agent: Agent) -> AllowedDomains:
+        """The agent's allowed domains, made ready once per definition."""
+        entries = agent.definition.allowed_domains
+        known = self._domains.get(agent.id)
+        if known is None or (known.entries is not entries and known.entries != entries):
+            if len(self._domains) >= KNOWN_AGENTS:
+                self._domains.clear()
+            known = self._domains[agent.id] = AllowedDomains(entries)
+        known.entries = entries
+        return known
 
-    def authorized(self, caller: Caller, session_id: str, agent_id: str | None = None) -> bool:
-        """Whether the caller's token is the session's. Raises TokenInvalid when there is one and it is not."""
+    def require_origin(self, caller: Caller, agent: Agent) -> None:
+        """Raises DomainNotAllowed for a website that may not use the agent. Who sends no Origin is looked at later, when it
+        is known which token would do instead."""
+        if (
+            caller.origin is not None
+            and not self.domains(agent).allow(caller.origin)
+            and not self._is_trusted(caller, agent)
+        ):
+            raise DomainNotAllowed(f"website domain: {caller.website_domain}")
+
+    def require_website(self, caller: Caller, agent: Agent) -> None:
+        """Raises DomainNotAllowed for a website that may not use the agent, and for who does not say where from."""
+        if not self._is_trusted(caller, agent):
+            token = self._tokens.verify(caller.token) if caller.token else None
+            self._require_domain(caller, agent, token is not None and token.agent_id == agent.id)
+
+    def access(self, caller: Caller, agent: Agent, session_id: str, *, begins: bool = False) -> Access:
+        """A caller's access to a session of an agent; `begins` when a turn or a session is to begin.
+
+        Raises TokenInvalid, TokenRequired, DomainNotAllowed, UserTokenInvalid, IdentityRequired, and SessionNotFound where
+        none of these would be true of a session that is not there.
+        """
+        trusted = self._is_trusted(caller, agent)
+        token = None
+        if caller.token and not trusted:
+            token = self._token(caller, session_id)
+            if token.agent_id != agent.id:
+                raise TokenInvalid
+        if not trusted and token is None and session_id.startswith(MINTED):
+            raise TokenRequired
+        if not trusted:
+            self._require_domain(caller, agent, token is not None)
+        if agent.definition.require_token and token is None and not trusted:
+            raise SessionNotFound
+        user_id = self._user(caller, agent)
+        if token is not None and token.user_id:
+            if user_id not in ("", token.user_id):
+                raise SessionNotFound
+            user_id = token.user_id
+        self._require_identity(agent, user_id, begins or not trusted)
+        return Access(agent.id, caller.website_domain, trusted or token is not None, user_id, trusted)
+
+    def newcomer(self, caller: Caller, agent: Agent) -> Access:
+        """The access of a caller for whom a session is to be minted. Raises as `access` does."""
+        trusted = self._is_trusted(caller, agent)
+        if not trusted:
+            self._require_domain(caller, agent, False)
+        user_id = self._user(caller, agent)
+        self._require_identity(agent, user_id, True)
+        return Access(agent.id, caller.website_domain, False, user_id, trusted)
+
+    def refuse_absent(self, caller: Caller, session_id: str) -> None:
+        """Raises what `access` would raise of a session that is there, as far as that does not depend on its agent."""
+        if caller.token:
+            self._token(caller, session_id)
+        elif session_id.startswith(MINTED):
+            raise TokenRequired
+
+    def _token(self, caller: Caller, session_id: str) -> SessionToken:
+        """The session's token that came along. Raises TokenInvalid, and SessionNotFound when it is from another website."""
+        token = self._tokens.verify(caller.token)
+        if token is None or token.session_id != session_id:
+            raise TokenInvalid
+        if caller.origin is not None and caller.origin.domain != token.website_domain:
+            raise SessionNotFound
+        return token
+
+    def is_site(self, caller: Caller, agent: Agent) -> bool:
+        """Whether the agent's site itself calls: one of its servers, with a site key."""
+        return bool(caller.token) and is_one_of(caller.token, agent.definition.site_keys)
+
+    def _is_trusted(self, caller: Caller, agent: Agent) -> bool:
+        """Whether the site's own server calls, or an operator."""
         if not caller.token:
             return False
-        token = self._tokens.verify(caller.token)
-        if token is None or token.session_id != session_id or agent_id not in (None, token.agent_id):
-            raise TokenInvalid
-        return True
+        return self.is_site(caller, agent) or self.operator(caller.request) is not None
 
-    def access(self, request: Request, session_id: str) -> tuple[Access, Operator | None]:
-        """A visitor's, or with the admin key an operator's, access to one session."""
-        operator = self.operator(request)
-        if operator is not None:
-            return Access(authorized=True), operator
-        caller = Caller(request)
-        return Access("", caller.website_domain, self.authorized(caller, session_id)), None
+    def _require_domain(self, caller: Caller, agent: Agent, has_token: bool) -> None:
+        allowed = self.domains(agent)
+        if not (has_token or allowed.any if caller.origin is None else allowed.allow(caller.origin)):
+            raise DomainNotAllowed(f"website domain: {caller.website_domain if caller.origin else 'unknown'}")
+
+    def _user(self, caller: Caller, agent: Agent) -> str:
+        """The verified user, or ''. Raises UserTokenInvalid."""
+        if not caller.user_tokens:
+            return ""
+        if len(caller.user_tokens) > 1:
+            raise UserTokenInvalid("the one in the body and the one in the header differ")
+        try:
+            return read_user_token(next(iter(caller.user_tokens)), agent.definition.site_keys)
+        except ValueError as error:
+            problem = UserTokenInvalid(str(error))
+            problem.expired_user = error.user_id if isinstance(error, Expired) else None
+            raise problem from error
+
+    def _require_identity(self, agent: Agent, user_id: str, concerned: bool) -> None:
+        if agent.definition.require_identity and concerned and not user_id:
+            raise IdentityRequired

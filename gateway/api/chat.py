@@ -8,8 +8,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper, address_of, kept_address
+from gateway.api.callers import Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
+from gateway.audit import audited
 from gateway.limits import Admission, Limiter
 from gateway.open_streams import OpenStreams
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
@@ -19,8 +20,9 @@ from gateway.turns import MessageId, SessionId, TurnRequest, existing
 from persistence.agents import Agent, as_uuid
 from persistence.events import EventLogs
 from persistence.history import History
+from persistence.keys import masked
 from persistence.records import Channel
-from persistence.sessions import Access, IfBusy
+from persistence.sessions import IfBusy
 
 
 class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -34,6 +36,7 @@ class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     audio_url: Annotated[str, msgspec.Meta(max_length=2048)] | None = None
     audio_duration_ms: Annotated[int, msgspec.Meta(ge=0, le=2_147_483_647)] | None = None
     if_busy: IfBusy | None = None
+    user_token: Annotated[str, UserToken] | None = None
 
 
 class AnswerMetadata(msgspec.Struct):
@@ -72,7 +75,7 @@ class CancelAnswer(msgspec.Struct):
 
 
 class AvailabilityQuery(msgspec.Struct, forbid_unknown_fields=True):
-    """The website that asks, for requests without an Origin header: those from the gateway's own pages."""
+    """What a page says of itself. It opens no door: only an Origin does."""
 
     website_domain: Annotated[str, msgspec.Meta(max_length=255)] = ""
 
@@ -117,33 +120,38 @@ class ChatApi:
     async def message(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/message"""
         agent, turn, admission = await self._read(request)
-        result = await self._runtime.execute(agent, turn, admission)
+        with audited("message_sent", known_operator(request), agent=agent.id, session=masked(turn.session_id)):
+            result = await self._runtime.execute(agent, turn, admission)
         return answer(result, headers=admission.headers())
 
     async def stream(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/stream"""
         with self._open_streams.enter(address_of(request)) as stream:
             agent, turn, admission = await self._read(request, stream.check)
-            begun = await self._runtime.stream(agent, turn, admission)
-            if isinstance(begun, TurnLog):
-                events = render(begun, None)
-            else:
-                # The turn is another call's: any number of these may come.
-                stream.check(turn.session_id)
-                access = Access(agent.id, turn.website_domain, turn.authorized)
-                events = await self._streams.open_turn(turn.session_id, begun.turn_id, access, None)
+            with audited("stream_opened", known_operator(request), agent=agent.id, session=masked(turn.session_id)):
+                begun = await self._runtime.stream(agent, turn, admission)
+                if isinstance(begun, TurnLog):
+                    events = render(begun, None)
+                else:
+                    # The turn is another call's: any number of these may come.
+                    stream.check(turn.session_id)
+                    events = await self._streams.open_turn(turn.session_id, begun.turn_id, turn.access, None)
             stream.join(turn.session_id)
             return event_stream(events, stream.hand_over(), admission.headers())
 
     async def resume(self, request: Request) -> Response:
         """GET /api/chat/{agent_id}/turns/{turn_id}/stream"""
+        agent, caller = await self._enter(request)
         session_id = read_query(request, StreamQuery).session_id
-        access = await self._access(request, session_id)
+        access = self._gatekeeper.access(caller, agent, session_id)
         cursor = read_cursor(request)
         turn_id = as_uuid(request.path_params["turn_id"])
         if turn_id is None:
             raise TurnNotFound
-        with self._open_streams.enter(address_of(request)) as stream:
+        with (
+            self._open_streams.enter(address_of(request)) as stream,
+            audited("stream_opened", known_operator(request), agent=agent.id, session=masked(session_id)),
+        ):
             events = await self._streams.open_turn(session_id, turn_id, access, cursor)
             stream.check(session_id)
             stream.join(session_id)
@@ -151,42 +159,45 @@ class ChatApi:
 
     async def cancel(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/cancel"""
+        agent, caller = await self._enter(request)
         body = await read_body(request, self._cancel_decoder, self._max_body_bytes)
-        access = await self._access(request, body.session_id)
-        hot = existing(await self._history.find_session(body.session_id, access))
-        if not hot.running or await self._logs.cancel(body.session_id, hot.running, access) is not True:
-            raise NoTurnRunning
+        access = self._gatekeeper.access(caller, agent, body.session_id)
+        with audited("turn_cancelled", known_operator(request), agent=agent.id, session=masked(body.session_id)):
+            hot = existing(await self._history.find_session(body.session_id, access))
+            if not hot.running or await self._logs.cancel(body.session_id, hot.running, access) is not True:
+                raise NoTurnRunning
         return answer(CancelAnswer(hot.running), 202)
 
     async def available(self, request: Request) -> Response:
         """GET /api/chat/{agent_id}: what a widget asks before it shows itself."""
-        query = read_query(request, AvailabilityQuery)
         agent = await self._agents.load(request.path_params["agent_id"])
+        read_query(request, AvailabilityQuery)
         if not agent.definition.active:
             raise AgentInactive
-        self._gatekeeper.require_domain(Caller(request, {"website_domain": query.website_domain}), agent)
+        self._gatekeeper.require_website(Caller(request), agent)
         # Each page view asks: a browser need not do so more than once in five minutes.
         headers = {"Cache-Control": "private, max-age=300", "Vary": "Origin"}
         return answer(Availability(agent.id, list(agent.definition.channels)), headers=headers)
 
-    async def _access(self, request: Request, session_id: str) -> Access:
+    async def _enter(self, request: Request) -> tuple[Agent, Caller]:
+        """The agent of the path, on a website that may use it, before anything else is read of the request."""
         agent = await self._agents.load(request.path_params["agent_id"])
         caller = Caller(request)
-        return Access(agent.id, caller.website_domain, self._gatekeeper.authorized(caller, session_id, agent.id))
+        self._gatekeeper.require_origin(caller, agent)
+        return agent, caller
 
     async def _read(
         self, request: Request, check_session: Callable[[str], None] | None = None
     ) -> tuple[Agent, TurnRequest, Admission]:
         """The agent and the message of a request that may be answered, once it has been charged to its limits."""
+        agent, _ = await self._enter(request)
         self._limiter.check_address(address_of(request))
         body = await read_body(request, self._decoder, self._max_body_bytes)
         self._check(body)
-        agent = await self._agents.load(request.path_params["agent_id"])
         if not agent.definition.active:
             raise AgentInactive
-        caller = Caller(request, body.metadata)
-        self._gatekeeper.require_domain(caller, agent)
-        authorized = self._gatekeeper.authorized(caller, body.session_id, agent.id)
+        caller = Caller(request, body.metadata, body.user_token)
+        access = self._gatekeeper.access(caller, agent, body.session_id, begins=True)
         turn = TurnRequest(
             session_id=body.session_id,
             message=body.message,
@@ -196,8 +207,7 @@ class ChatApi:
             audio_url=body.audio_url,
             audio_duration_ms=body.audio_duration_ms,
             if_busy=body.if_busy,
-            website_domain=caller.website_domain,
-            authorized=authorized,
+            access=access,
             ip_address=kept_address(caller.ip_address, truncate=agent.definition.truncate_ip),
             user_agent=caller.user_agent,
         )

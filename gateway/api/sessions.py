@@ -11,7 +11,7 @@ from starlette.responses import Response
 from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper, address_of, kept_address
+from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
 from gateway.audit import audited
 from gateway.auth import SessionToken, SessionTokens
@@ -19,8 +19,12 @@ from gateway.limits import Admission, Limiter
 from gateway.open_streams import OpenStreams
 from gateway.problems import (
     AgentInactive,
+    AgentNotFound,
     ChannelNotAllowed,
+    DomainNotAllowed,
+    IdentityRequired,
     InvalidField,
+    Problem,
     RedisDown,
     SessionNotFound,
     TokenRequired,
@@ -28,12 +32,13 @@ from gateway.problems import (
 )
 from gateway.streams import Streams
 from gateway.turns import Outcome, SessionId, existing, raise_refusal
-from persistence.history import History
+from persistence.errors import PersistenceError
+from persistence.history import OPERATOR, History
 from persistence.hydrator import Hydrator
 from persistence.keys import masked
 from persistence.postgres import SessionFilter
 from persistence.records import Channel, Role, Session, iso_from
-from persistence.sessions import NewSession, Opened, Refused, SessionStore
+from persistence.sessions import Access, NewSession, Opened, Refused, SessionStore
 
 OPEN_ATTEMPTS = 5
 
@@ -44,7 +49,7 @@ class OpenBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     agent_id: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
     session_id: SessionId | None = None
     channel: Channel | None = None
-    user_token: str | None = None
+    user_token: Annotated[str, UserToken] | None = None
     metadata: dict[str, Any] = {}
 
 
@@ -187,41 +192,46 @@ class SessionsApi:
         definition = agent.definition
         if not definition.active:
             raise AgentInactive
-        if body.user_token is not None:
-            raise UserTokenInvalid("this agent has no key to verify user tokens with")
         if body.channel and body.channel not in definition.channels:
             raise ChannelNotAllowed(f"channel: {body.channel}", field="channel")
-        if body.session_id is not None and definition.require_token:
+        caller = Caller(request, body.metadata, body.user_token)
+        self._gatekeeper.require_origin(caller, agent)
+        if body.session_id is None:
+            access = self._gatekeeper.newcomer(caller, agent)
+        elif definition.require_token and not caller.token:
             raise TokenRequired("this agent's session ids are minted by the gateway")
-        caller = Caller(request, body.metadata)
-        self._gatekeeper.require_domain(caller, agent)
-        session_id = body.session_id or f"gs_{token_urlsafe(24)}"
+        else:
+            access = self._gatekeeper.access(caller, agent, body.session_id, begins=True)
+        session_id = body.session_id or f"{MINTED}{token_urlsafe(24)}"
         new = NewSession(
             id=str(uuid7()),
             session_id=session_id,
             agent_id=agent.id,
             channel=body.channel or definition.channels[0],
             website_domain=caller.website_domain,
-            user_id="",
+            user_id=access.user_id,
             ip_address=kept_address(caller.ip_address, truncate=definition.truncate_ip),
             user_agent=caller.user_agent,
             metadata=body.metadata,
             minted=body.session_id is None,
             hot_ttl_s=definition.hot_ttl_s,
         )
-        authorized = body.session_id is not None and self._gatekeeper.authorized(caller, session_id, agent.id)
+        # A token is given out for a session that is there: one that is not has been erased since, and stays so.
+        known = body.session_id is not None and (definition.require_token or (access.authorized and not access.trusted))
         admission = self._limiter.admit_open(caller.ip_address)
         outcome: Outcome = "refused"
         try:
-            opened = await self._open(new, authorized, admission)
+            with audited("session_opened", known_operator(request), agent=agent.id, session=masked(session_id)):
+                opened = await self._open(new, access, admission, may_create=not known)
             outcome = "ran"
         finally:
             admission.settle(outcome)
         session = opened.session
+        token = SessionToken(session.session_id, agent.id, session.website_domain, session.user_id)
         return answer(
             OpenedSession(
                 session_id=session.session_id,
-                session_token=self._tokens.mint(SessionToken(session.session_id, agent.id, session.website_domain)),
+                session_token=self._tokens.mint(token),
                 agent_id=session.agent_id,
                 channel=session.channel,
                 status=session.status,
@@ -231,12 +241,12 @@ class SessionsApi:
             admission.headers(),
         )
 
-    async def _open(self, new: NewSession, authorized: bool, admission: Admission) -> Opened:
+    async def _open(self, new: NewSession, access: Access, admission: Admission, *, may_create: bool) -> Opened:
         ticket = 0
         for _ in range(OPEN_ATTEMPTS):
             if new.minted or ticket:
                 admission.reserve_session()
-            outcome = await self._store.open(new, ticket=ticket, authorized=authorized)
+            outcome = await self._store.open(new, ticket=ticket, authorized=access.authorized, trusted=access.trusted)
             if isinstance(outcome, Opened):
                 admission.session_created(outcome.created)
                 return outcome
@@ -245,13 +255,15 @@ class SessionsApi:
             ticket = outcome.ticket
             if await self._hydrator.hydrate(new.session_id, ticket):
                 ticket = 0
+            elif not may_create:
+                raise SessionNotFound
         raise RedisDown("the session left Redis again and again", retry_after_s=1)
 
     async def show(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        access, operator = self._gatekeeper.access(request, session_id)
-        with audited("session_shown", operator, session=masked(session_id)) as facts:
+        access = await self._access(request, session_id)
+        with audited("session_shown", known_operator(request), session=masked(session_id)) as facts:
             session = existing(await self._history.find_session(session_id, access)).session
             facts["id"] = session.id
         return answer(_view(session))
@@ -260,8 +272,8 @@ class SessionsApi:
         """GET /api/sessions/{session_id}/messages"""
         query = read_query(request, MessagesQuery)
         session_id = _session_id(request)
-        access, operator = self._gatekeeper.access(request, session_id)
-        with audited("transcript_shown", operator, session=masked(session_id)) as facts:
+        access = await self._access(request, session_id)
+        with audited("transcript_shown", known_operator(request), session=masked(session_id)) as facts:
             page = existing(await self._history.find_messages(session_id, access, query.before, query.limit))
             facts["messages"] = len(page.messages)
         views = [msgspec.convert(message, MessageView, from_attributes=True) for message in page.messages]
@@ -270,12 +282,10 @@ class SessionsApi:
     async def events(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/events"""
         session_id = _session_id(request)
-        access, operator = self._gatekeeper.access(request, session_id)
-        with (
-            self._open_streams.enter(address_of(request)) as stream,
-            audited("session_followed", operator, session=masked(session_id)),
-        ):
-            events = await self._streams.open_feed(session_id, access, read_cursor(request))
+        with self._open_streams.enter(address_of(request)) as stream:
+            access = await self._access(request, session_id)
+            with audited("session_followed", known_operator(request), session=masked(session_id)):
+                events = await self._streams.open_feed(session_id, access, read_cursor(request))
             stream.check(session_id)
             stream.join(session_id)
             return event_stream(events, stream.hand_over())
@@ -283,8 +293,8 @@ class SessionsApi:
     async def end(self, request: Request) -> Response:
         """POST /api/sessions/{session_id}/end"""
         session_id = _session_id(request)
-        access, operator = self._gatekeeper.access(request, session_id)
-        with audited("session_ended", operator, session=masked(session_id)) as facts:
+        access = await self._access(request, session_id)
+        with audited("session_ended", known_operator(request), session=masked(session_id)) as facts:
             ended: Session | Refused | None = await self._hydrator.with_session(
                 session_id, lambda: self._store.end(session_id, access)
             )
@@ -295,11 +305,44 @@ class SessionsApi:
     async def erase(self, request: Request) -> Response:
         """DELETE /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        access, operator = self._gatekeeper.access(request, session_id)
-        with audited("session_erased", operator, session=masked(session_id)) as facts:
+        access = await self._access(request, session_id)
+        with audited("session_erased", known_operator(request), session=masked(session_id)) as facts:
             erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
             facts["id"] = existing(erased)
         return Response(status_code=204)
+
+    async def _access(self, request: Request, session_id: str) -> Access:
+        """The caller's access to a session. Its agent, which the path does not name, is asked of the session itself.
+
+        Whatever does not let the caller in is told as if there were no such session.
+        """
+        caller = Caller(request)
+        found = agent = None
+        failed: Exception = SessionNotFound()
+        try:
+            found = existing(await self._history.find_session(session_id, OPERATOR))
+            agent = await self._agents.load(found.session.agent_id)
+        except (Problem, PersistenceError) as error:
+            failed = error
+        # What is a site's key is no guess at the admin's.
+        if not (agent and self._gatekeeper.is_site(caller, agent)) and self._gatekeeper.operator(request) is not None:
+            return OPERATOR
+        if found is None or agent is None:
+            if not isinstance(failed, (SessionNotFound, AgentNotFound)):
+                raise failed
+            self._gatekeeper.refuse_absent(caller, session_id)
+            raise SessionNotFound from None
+        try:
+            return self._gatekeeper.access(caller, agent, session_id)
+        except (DomainNotAllowed, IdentityRequired) as problem:
+            raise SessionNotFound from problem
+        except UserTokenInvalid as problem:
+            session = found.session
+            elsewhere = caller.website_domain not in ("", session.website_domain)
+            if elsewhere or session.user_id not in ("", problem.expired_user):
+                raise SessionNotFound from problem
+            # It gives nothing away: the session is nobody's, or the token was once its user's.
+            raise
 
     async def statistics(self, request: Request) -> Response:
         """GET /api/sessions/stats"""

@@ -100,14 +100,23 @@ async function* readEvents(response, cursor) {
   }
 }
 
+/** @typedef {string | (() => string | null | Promise<string | null>) | null} UserToken  what the site signed for a user who is logged in, or what fetches it */
+
 export class AgentService {
   #base;
   #session;
+  #userToken;
 
-  /** @param {{base?: string, session?: SessionManager}} [options]  base: the gateway's address */
-  constructor({ base = new URL('../../', import.meta.url).href, session = SessionManager.getInstance() } = {}) {
+  /** @param {{base?: string, session?: SessionManager, userToken?: UserToken}} [options]  base: the gateway's address */
+  constructor({ base = new URL('../../', import.meta.url).href, session = SessionManager.getInstance(), userToken = null } = {}) {
     this.#base = base.replace(/\/+$/, '');
     this.#session = session;
+    this.#userToken = userToken;
+  }
+
+  /** Who the visitor is from now on; null: nobody that the site knows. @param {UserToken} userToken */
+  setUserToken(userToken) {
+    this.#userToken = userToken;
   }
 
   /**
@@ -261,7 +270,7 @@ export class AgentService {
    */
   async #replace(agentId, error, sessionId, replaced) {
     if (!(error instanceof AgentError) || replaced > 1) return false;
-    const over = error.status === 410 || error.code === 'session_not_found' || error.status === 401;
+    const over = error.status === 410 || error.code === 'session_not_found' || error.code.startsWith('session_token');
     if (!over) return false;
     // Another tab may have begun the next session already: then join it.
     if (this.#session.findSessionId() === sessionId) this.#session.clearSession();
@@ -312,6 +321,9 @@ export class AgentService {
     if (token) headers.Authorization = `Bearer ${token}`;
     let response;
     try {
+      // Asked for with each call: it is the site that knows when a token has run out.
+      const userToken = typeof this.#userToken === 'function' ? await this.#userToken() : this.#userToken;
+      if (userToken) headers['X-User-Token'] = userToken;
       response = await fetch(this.#base + path, { method, headers, body: body && JSON.stringify(body), signal, credentials: 'omit' });
     } catch (error) {
       if (signal?.aborted) throw error;

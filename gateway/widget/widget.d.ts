@@ -54,13 +54,20 @@ export interface MountOptions {
   target?: HTMLElement;
   /** The gateway's address, if it is not where this module came from. */
   base?: string;
+  /** Who the visitor is, where the site has users of its own. */
+  userToken?: UserToken;
 }
+
+/** What the site's server signed for a user who is logged in, or a function that fetches it: called before each call. */
+export type UserToken = string | (() => string | null | Promise<string | null>) | null;
 
 export interface Chat {
   element: HTMLElement;
   open(): Promise<void>;
   close(): void;
   remove(): void;
+  /** After a login, or with null after a logout. */
+  setUserToken(userToken: UserToken): void;
 }
 
 /** Puts the chat on the page. */
@@ -143,7 +150,9 @@ export interface SendOptions {
 
 /** The gateway's HTTP calls. What passes by itself is tried again, with backoff; every failure left is an AgentError. */
 export class AgentService {
-  constructor(options?: { base?: string; session?: SessionManager });
+  constructor(options?: { base?: string; session?: SessionManager; userToken?: UserToken });
+  /** Who the visitor is from now on; null: nobody that the site knows. */
+  setUserToken(userToken: UserToken): void;
   sendMessage(agentId: string, message: string, options?: SendOptions): Promise<Answer>;
   /** Ends with `turn.completed`, `turn.failed` or `turn.cancelled`; resumes by itself. */
   streamMessage(agentId: string, message: string, options?: SendOptions): AsyncGenerator<TurnEvent, void, void>;

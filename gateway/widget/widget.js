@@ -27,8 +27,9 @@ export { SessionManager, AgentService, AgentError };
  * @property {boolean} [open]  open at once
  * @property {HTMLElement} [target]  show the chat in this element, without a launcher
  * @property {string} [base]  the gateway's address, if it is not where this module came from
+ * @property {import('./service.js').UserToken} [userToken]  what the site signed for a user who is logged in, or what fetches it
  */
-/** @typedef {{element: HTMLElement, open: () => Promise<void>, close: () => void, remove: () => void}} Chat */
+/** @typedef {{element: HTMLElement, open: () => Promise<void>, close: () => void, remove: () => void, setUserToken: (userToken: import('./service.js').UserToken) => void}} Chat */
 
 const ACCENT = '#1f6f54';
 const REFUSALS = ['domain_not_allowed', 'agent_not_found', 'agent_inactive', 'channel_not_allowed'];
@@ -59,10 +60,10 @@ svg { display: block; fill: none; stroke: currentColor; stroke-width: 1.9; strok
 
 /** Put the chat on the page. @param {MountOptions} options @returns {Chat} */
 export function mount(options) {
-  const { agent, position = 'right', theme = 'auto', target, base } = options;
+  const { agent, position = 'right', theme = 'auto', target, base, userToken } = options;
   if (!agent) throw new TypeError('mount: which agent?');
   const session = SessionManager.getInstance(agent);
-  const service = new AgentService({ session, ...(base ? { base } : {}) });
+  const service = new AgentService({ session, userToken, ...(base ? { base } : {}) });
   const element = document.createElement('div');
   const root = element.attachShadow({ mode: 'open' });
   root.adoptedStyleSheets = [sheet(LAUNCHER)]; // unlike a style element, it works under a strict Content-Security-Policy
@@ -149,7 +150,7 @@ export function mount(options) {
     if (target || options.open || remembered(memory)) void open(false).catch(() => {});
   }, () => {});
 
-  return { element, open: () => open(true), close, remove };
+  return { element, open: () => open(true), close, remove, setUserToken: (token) => service.setUserToken(token) };
 }
 
 /** @param {string} name @param {string | null} value  for this tab: the chat stays open from page to page */
@@ -180,11 +181,11 @@ function whenIdle(run) {
 }
 
 /** The options of a script tag. @param {DOMStringMap} data @returns {MountOptions} */
-function optionsOf({ agent = '', title, greeting, color, position, theme, dir, texts, open, target, base }) {
+function optionsOf({ agent = '', title, greeting, color, position, theme, dir, texts, open, target, base, userToken }) {
   const found = target ? document.querySelector(target) : null;
   if (target && !found) console.warn(`[chat] data-target: there is no ${target} on this page.`);
   return /** @type {MountOptions} */ ({
-    agent, title, greeting, color, position, theme, dir, base,
+    agent, title, greeting, color, position, theme, dir, base, userToken,
     texts: texts ? JSON.parse(texts) : undefined,
     open: open !== undefined && open !== 'false',
     target: found ?? undefined,

@@ -3,7 +3,8 @@
 -- session with its newest turns. Repeating it with the same turn_id begins nothing twice.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
--- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0), message_id ('' none), digest (of the message),
+-- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0),
+--      user_id ('' none), trusted (1 | 0), message_id ('' none), digest (of the message),
 --      lease_ms, hot_turns (how many of the newest turns to return), hot_ttl_s,
 --      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
 --      rate_messages (0: no limit) per rate_ms, rate_shadow (1: the limit refuses nothing), max_backlog and
@@ -104,6 +105,7 @@ if tonumber(args.rate_messages) > 0 then
 end
 
 if position then table.remove(waiting, position) end
+adopt(session_key, outbox_key, bytes_key, session, args)
 local fence = redis.call('INCR', fence_key)
 store(session_key, session, {
   turn = args.turn_id, turn_fence = fence, turn_lease_until = iso(now + args.lease_ms),

@@ -3,8 +3,8 @@
 -- that runs it is told.
 --
 -- KEYS 1 session hash, 2 running zset, 3 logs hash, 4 events stream of the turn
--- ARGV session_id, nonce, turn_id, agent_id ('' any), website_domain ('' any), authorized (1 | 0), log_ttl_ms, channel,
---      control
+-- ARGV session_id, nonce, turn_id, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
+--      user_id ('' none), trusted (1 | 0), log_ttl_ms, channel, control
 -- replies (each followed by session_id and nonce)
 --   cancelled
 --   lost       that turn does not run any more

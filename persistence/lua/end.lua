@@ -2,7 +2,8 @@
 -- Ends a session for good. A turn that runs on it loses its lease and will not be committed. Repeating it is harmless.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
--- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), ticket_ms, channel
+-- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
+--      user_id ('' none), trusted (1 | 0), ticket_ms, channel
 -- replies (each followed by session_id and nonce)
 --   ended   header
 --   absent  ticket

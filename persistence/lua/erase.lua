@@ -4,7 +4,8 @@
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 live zset, 6 running zset, 7 dead stream,
 --      8 ticket string, 9 logs hash, 10 ... events streams of the turns named by args.logged
--- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0), group, ticket_ms, channel,
+-- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
+--      user_id ('' none), trusted (1 | 0), group, ticket_ms, channel,
 --      logged (ids of the turns that have a log, separated by a space, as far as the caller knows),
 --      idle_ms ('' : whatever it does; else only if nothing happened on it for so long)
 -- replies (each followed by session_id and nonce)
@@ -53,6 +54,8 @@ local revision = whole(session.revision) or 0
 local agent_id = string.match(session.agent_id or '', '^[%x%-]*$') or ''
 local website_domain = string.match(session.website_domain or '', '^[%w%.%-:_]*$') or ''
 local minted = session.minted == '1' and '1' or '0'
+-- Whose it was is erased too; that it was somebody's stays, so that to nobody else it looks different from none.
+local user_id = (session.user_id or '') ~= '' and 'erased' or ''
 redis.call('DEL', session_key, ticket_key)
 redis.call('ZREM', live_key, args.session_id)
 redis.call('HDEL', logs_key, args.session_id)
@@ -60,7 +63,7 @@ redis.call('ZREM', running_key, args.session_id)
 local now, tombstone = iso(now_ms()), {}
 store(session_key, tombstone, {
   format = '1', id = session.id, session_id = args.session_id, agent_id = agent_id, channel = '',
-  status = 'erased', user_id = '', website_domain = website_domain, ip_address = '', user_agent = '',
+  status = 'erased', user_id = user_id, website_domain = website_domain, ip_address = '', user_agent = '',
   started_at = now, last_activity_at = now, ended_at = now, message_count = 0, context = '{}', metadata = '{}',
   minted = minted, turns = 0, revision = revision, first_hot = 1, flushed = 0, unflushed = '',
   hot_ttl_s = 1, turn = '', turn_fence = '', turn_lease_until = '', turn_message_id = '', waiting = '',

@@ -2,8 +2,9 @@
 -- Reads the log of a turn behind a cursor, and how the turn stands.
 --
 -- KEYS 1 session hash, 2 events stream, 3 fence string, 4 ticket string
--- ARGV session_id, nonce, turn_id, agent_id ('' any), website_domain ('' any), authorized (1 | 0), after ('-': from the
---      start, or an entry id behind which to read), ticket_ms
+-- ARGV session_id, nonce, turn_id, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
+--      user_id ('' none), trusted (1 | 0), after ('-': from the start, or an entry id behind which to read),
+--      ticket_ms
 -- replies (each followed by session_id and nonce)
 --   running    fence, entries as {id, {field, value, ...}}, lease_left_ms
 --   committed  number, entries, header, the turn's JSON

@@ -3,8 +3,9 @@
 -- a ticket given before Postgres was asked; an id that the gateway has just minted does not.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 live zset, 6 ticket string
--- ARGV session_id, nonce, id (uuid), agent_id, website_domain, authorized (1 | 0), channel, user_id, ip_address,
---      user_agent, metadata (JSON object), minted (1 | 0), hot_ttl_s, ticket ('' none), ticket_ms, max_backlog, max_backlog_bytes
+-- ARGV session_id, nonce, id (uuid), agent_id, website_domain, authorized (1 | 0),
+--      user_id ('' none), trusted (1 | 0), channel, ip_address, user_agent, metadata (JSON object), minted (1 | 0),
+--      hot_ttl_s, ticket ('' none), ticket_ms, max_backlog, max_backlog_bytes
 -- replies (each followed by session_id and nonce)
 --   opened | found   header
 --   absent           ticket: ask Postgres, then open again under it
@@ -22,6 +23,10 @@ if session then
   -- A repeated call whose first reply was lost finds what it opened itself, and needs no token for it.
   local refused = refusal(session, args)
   if refused and not (refused == 'unauthorized' and session.id == args.id) then return reply(refused) end
+  if session.status ~= 'ended' and session.user_id == '' and args.user_id ~= '' then
+    if backlog_full(outbox_key, bytes_key, args) then return reply('backlog_full') end
+    adopt(session_key, outbox_key, bytes_key, session, args)
+  end
   return reply(session.id == args.id and 'opened' or 'found', header(session))
 end
 if args.minted ~= '1' and (args.ticket == '' or redis.call('GET', ticket_key) ~= args.ticket) then

@@ -115,11 +115,15 @@ local function damage(session)
   return nil
 end
 
--- Why the caller may not have this session: a word, or nil when it may. An empty argument is not compared.
+-- Why the caller may not have this session: a word, or nil when it may. An empty agent_id or website_domain is not
+-- compared. A session that has a user is for that user alone, but for callers that are trusted: operators, and servers of
+-- the site. What is foreign comes first: who may not have the session does not learn that it was there either.
 local function refusal(session, args)
-  if session.status == 'erased' then return 'erased' end
   if args.agent_id ~= '' and session.agent_id ~= args.agent_id then return 'foreign' end
   if args.website_domain ~= '' and session.website_domain ~= args.website_domain then return 'foreign' end
+  local user_id = session.user_id or ''
+  if user_id ~= '' and user_id ~= args.user_id and args.trusted ~= '1' then return 'foreign' end
+  if session.status == 'erased' then return 'erased' end
   if session.minted == '1' and args.authorized ~= '1' then return 'unauthorized' end
   return nil
 end
@@ -206,6 +210,14 @@ local function emit(key, outbox_key, bytes_key, session, fact, turn)
   if session.unflushed ~= '' then unflushed = session.unflushed .. ' ' .. unflushed end
   store(key, session, {revision = revision, unflushed = unflushed})
   redis.call('PERSIST', key)
+end
+
+-- An anonymous session becomes the user's who comes with a verified user token, and stays it. Postgres is told by a record
+-- of its own, whatever becomes of the turn.
+local function adopt(key, outbox_key, bytes_key, session, args)
+  if session.user_id ~= '' or args.user_id == '' then return end
+  store(key, session, {user_id = args.user_id})
+  emit(key, outbox_key, bytes_key, session, 'opened:' .. session.revision + 1, '')
 end
 
 -- The one rule of the hot store: a TTL if, and only if, all of the session is in Postgres and no turn runs on it.

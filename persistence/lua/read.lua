@@ -3,7 +3,7 @@
 --
 -- KEYS 1 session hash, 2 fence string, 3 ticket string
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
---      count (how many of the newest turns are wanted), ticket_ms
+--      user_id ('' none), trusted (1 | 0), count (how many of the newest turns are wanted), ticket_ms
 -- replies (each followed by session_id and nonce)
 --   read    ttl_ms (-1: none), first_hot, flushed, id and fence of the turn that runs ('' none), first turn number
 --           returned, header, turns

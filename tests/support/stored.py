@@ -42,8 +42,9 @@ def new_session(session_id: str, **fields: Any) -> NewSession:
 async def begin(stores: Stores, session_id: str, *, policy: TurnPolicy = POLICY, **fields: Any) -> tuple[str, Begun]:
     """Takes a session for a turn, hydrating or creating it (with `fields`) as need be; the turn's id and what begun gave."""
     turn_id = str(uuid7())
+    visitor = Access(AGENT_ID, user_id=fields.get("user_id", ""))
     for _ in range(5):
-        outcome = await stores.sessions.begin(session_id, turn_id, VISITOR, policy)
+        outcome = await stores.sessions.begin(session_id, turn_id, visitor, policy)
         if isinstance(outcome, Begun):
             return turn_id, outcome
         assert isinstance(outcome, Absent), outcome
@@ -155,7 +156,7 @@ async def evict(stores: Stores, session_id: str) -> None:
 async def read(stores: Stores, session_id: str) -> Hot:
     """The session as the API reads it: from Postgres when Redis has it no more."""
     found = await stores.hydrator.with_session(
-        session_id, lambda: stores.sessions.read(session_id, Access(authorized=True), 1000)
+        session_id, lambda: stores.sessions.read(session_id, Access(authorized=True, trusted=True), 1000)
     )
     assert isinstance(found, Hot), found
     return found
