@@ -132,7 +132,7 @@ async def test_a_turn_streams_its_start_its_text_and_its_end(pods: Pods, spoken:
     assert kinds(events) == ["turn.started", "text.delta", "text.delta", "text.delta", "turn.completed"]
     assert text_of(events) == "Good day, visitor\n"
     turn_id = events[0].data["turn_id"]
-    assert events[0].data == {"turn_id": turn_id, "session_id": session_id}
+    assert events[0].data == {"turn_id": turn_id, "session_id": session_id, "message": "Hello"}
     completed = events[-1].data
     assert completed["response"] == "Good day, visitor\n"
     assert completed["metadata"] | {"latency_ms": 0} == {

@@ -1,6 +1,5 @@
 """What a model writes is shown as a safe subset of Markdown, and harms nothing."""
 
-import pytest
 from playwright.async_api import Dialog, expect
 
 from tests.browser.visits import Visit, Visitors
@@ -38,8 +37,29 @@ async def ask(visit: Visit, spoken: Spoken, answer: str, message: str = "Hello")
     await expect(visit.chat.saying(message)).to_be_visible()
 
 
-@pytest.mark.parametrize("attack", ATTACKS.values(), ids=ATTACKS.keys())
-async def test_an_answer_with_an_attack_harms_nothing(visitors: Visitors, shop: str, spoken: Spoken, attack: str) -> None:
+async def harmless(visit: Visit) -> None:
+    """Nothing in the log can do anything, and nothing has."""
+    log = visit.chat.log
+    for link in await log.get_by_role("link").all():
+        address = await link.get_attribute("href")
+        assert address is not None
+        assert address.startswith(("http://", "https://", "mailto:")), address
+        await link.hover()
+    assert await log.locator(", ".join(FORBIDDEN)).count() == 0
+    assert await log.evaluate(HANDLERS) == 0
+    assert await visit.page.evaluate("window.hurt") is None
+    assert [one.url for one in visit.requests if "thief.test" in one.url] == []
+
+
+async def attacked(visit: Visit, spoken: Spoken, attack: str, message: str = "Hello") -> None:
+    """Gets an answer with an attack in it."""
+    spoken.say(message, "Before. ", attack, f"\n\nAfter {message}.", None)
+    await visit.chat.say(message)
+    await expect(visit.chat.log).to_contain_text(f"After {message}.")
+    await expect(visit.chat.stop_button).to_be_hidden()
+
+
+async def test_an_answer_with_an_attack_harms_nothing(visitors: Visitors, shop: str, spoken: Spoken) -> None:
     visit = await visitors.go(shop)
     dialogs: list[str] = []
 
@@ -49,26 +69,16 @@ async def test_an_answer_with_an_attack_harms_nothing(visitors: Visitors, shop: 
 
     visit.page.on("dialog", dismiss)
     await visit.chat.open()
-    spoken.say("Hello", "Before. ", attack, "\n\nAfter.", None)
-    await visit.chat.say("Hello")
-    await expect(visit.chat.log).to_contain_text("After.")
-    await expect(visit.chat.stop_button).to_be_hidden()
-    links = visit.chat.log.get_by_role("link")
-    for link in await links.all():
-        address = await link.get_attribute("href")
-        assert address is not None
-        assert address.startswith(("http://", "https://", "mailto:")), address
-    assert await visit.chat.log.locator(", ".join(FORBIDDEN)).count() == 0
-    assert await visit.chat.log.evaluate(HANDLERS) == 0
-    for link in await links.all():
-        await link.hover()
+    for name, attack in ATTACKS.items():
+        await attacked(visit, spoken, attack, name)
+        await harmless(visit)
+        assert await visit.chat.log.evaluate("(log) => log.querySelectorAll('.text').length > 1"), name
     # Again as a transcript.
     await visit.page.reload()
-    await visit.chat.show()
-    await expect(visit.chat.log).to_contain_text("After.")
-    assert await visit.page.evaluate("window.hurt") is None
+    await visit.chat.reappear()
+    await expect(visit.chat.log).to_contain_text(f"After {name}.")
+    await harmless(visit)
     assert dialogs == []
-    assert [one.url for one in visit.requests if "thief.test" in one.url] == []
 
 
 async def test_what_the_visitor_writes_stays_text(visitors: Visitors, shop: str, spoken: Spoken) -> None:

@@ -41,7 +41,7 @@ async def test_two_sites_on_one_gateway_are_apart(visitors: Visitors, sites: Sit
     assert stored[0] != stored[1]
     for visit, own, other in ((shop, "shop", "garden"), (garden, "garden", "shop")):
         await visit.page.reload()
-        await visit.chat.show()
+        await visit.chat.reappear()
         await expect(visit.chat.saying(f"Answer from the {own}")).to_be_visible()
         await expect(visit.chat.saying(f"Answer from the {other}")).to_have_count(0)
 
@@ -60,7 +60,7 @@ async def test_the_id_of_one_sites_session_opens_nothing_on_another(
     thief = await visitor.go(sites.put(page, host="garden.test"))
     await thief.page.evaluate("(stored) => Object.assign(localStorage, stored)", stored)
     await thief.page.reload()
-    await thief.chat.show()
+    await thief.chat.open()
     spoken.say("Mine", "Another one", None)
     await thief.chat.say("Mine")
     await expect(thief.chat.saying("Another one").or_(thief.chat.retry_button)).to_be_visible()
@@ -71,8 +71,8 @@ async def test_the_id_of_one_sites_session_opens_nothing_on_another(
 async def test_a_site_that_is_not_allowed_gets_no_chat_and_a_clear_line(
     visitors: Visitors, sites: Sites, gateway: str, put_agent: PutAgent
 ) -> None:
-    await put_agent("shop", graph="spoken", allowed_domains=["shop.test"])
-    page = document(TEXT + tag(gateway))
+    await put_agent("choosy", graph="spoken", allowed_domains=["shop.test"])
+    page = document(TEXT + tag(gateway, agent="choosy"))
     welcome = await visitors.go(sites.put(page))
     await expect(welcome.chat.launcher).to_be_visible()
     other = await visitors.come()
@@ -81,7 +81,7 @@ async def test_a_site_that_is_not_allowed_gets_no_chat_and_a_clear_line(
         await visit.page.goto(sites.put(page, host="garden.test"))
     line = await found.value
     assert line.type in ("error", "warning")
-    assert "shop" in line.text
+    assert "choosy" in line.text
     assert "allowed_domains" in line.text
     await expect(visit.chat.launcher).to_have_count(0)
     assert visit.errors == []
