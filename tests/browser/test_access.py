@@ -4,7 +4,7 @@ from playwright.async_api import Route, expect
 
 from tests.browser.looks import check, check_in_all_looks
 from tests.browser.sites import TEXT, Sites, document, tag
-from tests.browser.visits import Visitors, session_of
+from tests.browser.visits import Visit, Visitors, session_of
 from tests.support.spoken import Spoken, SpokenPod
 
 ANSWER = (
@@ -121,7 +121,10 @@ async def test_stop_and_retry_keep_the_focus_in_the_chat(visitors: Visitors, sho
 
 async def test_a_screen_reader_is_told_an_answer_once(visitors: Visitors, shop: str, spoken: Spoken) -> None:
     """A live region that changes with each piece would be read again and again: it is told when the answer is whole."""
-    visit = await visitors.go(shop)
+    await reads_out_once(await visitors.go(shop), spoken)
+
+
+async def reads_out_once(visit: Visit, spoken: Spoken) -> None:
     await visit.chat.open()
     await visit.page.evaluate("""() => {
       window.heard = [];

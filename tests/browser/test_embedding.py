@@ -17,6 +17,11 @@ RUDE = """<style>
   div, section, button, textarea { display: none !important; margin: 50px !important; opacity: .5 !important; }
   :root { --accent: red; --paper: red; direction: rtl; }
 </style>"""
+HOLD_IDLE = """
+  const waiting = [];
+  window.requestIdleCallback = (work) => waiting.push(work);
+  window.becomeIdle = () => waiting.splice(0).forEach((work) => work({didTimeout: false, timeRemaining: () => 50}));
+"""
 STYLES = """(box) => {
   const found = {};
   const style = getComputedStyle(box);
@@ -172,13 +177,8 @@ async def test_all_that_is_loaded_is_at_most_30_kb(visitors: Visitors, sites: Si
 
 
 async def test_nothing_is_done_before_the_page_is_idle(visitors: Visitors, sites: Sites, gateway: str) -> None:
-    hold = """
-      const waiting = [];
-      window.requestIdleCallback = (work) => waiting.push(work);
-      window.becomeIdle = () => waiting.splice(0).forEach((work) => work({didTimeout: false, timeRemaining: () => 50}));
-    """
     visitor = await visitors.come()
-    await visitor.context.add_init_script(hold)
+    await visitor.context.add_init_script(HOLD_IDLE)
     visit = await visitor.go(sites.put(document(TEXT + tag(gateway))))
     await visit.page.wait_for_load_state("load")
     await visit.page.wait_for_load_state("networkidle")
