@@ -53,6 +53,7 @@ header svg { width: 21px; height: 21px; }
 [dir=rtl] .user > .text { border-bottom-right-radius: 20px; border-bottom-left-radius: 6px; }
 .text:empty { display: none; }
 .plain { white-space: pre-wrap; }
+.text > .plain { margin: 0; }
 .meta { display: flex; align-items: center; flex-wrap: wrap; gap: 2px 8px; padding: 3px 6px 0; min-height: 0; font-size: 12.5px; line-height: 1.5;
   color: var(--soft); }
 .meta:empty { display: none; }
