@@ -978,6 +978,7 @@ async def test_the_second_tab_sees_every_turn_as_it_happens(pods: Pods, spoken: 
         for tab in (here, there):
             events = await tab.take(3)
             assert kinds(events) == ["turn.started", "text.delta", "turn.completed"]
+            assert events[0].data["message"] == "Asked", "the question, for a device that did not ask it"
             assert events[-1].data == answer
             assert len(tab.events) == len(stream.events) + 3
 

@@ -48,7 +48,7 @@ export function createPanel({ agent, title, greeting, lang, t, target, root, fra
   const log = el('div', { class: 'log', role: 'log', tabindex: '0', 'aria-live': 'off', 'aria-label': t.conversation });
   const status = el('div', { class: 'sr', role: 'status' });
   const box = /** @type {HTMLTextAreaElement} */ (
-    el('textarea', { rows: '1', placeholder: t.placeholder, 'aria-label': t.message, enterkeyhint: 'send', maxlength: '32000', dir: 'auto' })
+    el('textarea', { rows: '1', placeholder: t.placeholder, 'aria-label': t.message, enterkeyhint: 'send', maxlength: '32000' })
   );
   const arrow = icon('M12 19.5v-15M5.5 11 12 4.5l6.5 6.5');
   const square = icon('M7.5 7.5h9v9h-9z');
@@ -195,6 +195,7 @@ export function createPanel({ agent, title, greeting, lang, t, target, root, fra
   const working = () => Boolean(current || followed);
   function dress() {
     const stop = working();
+    box.dir = box.value ? 'auto' : ''; // an empty box would be left to right, and its placeholder too
     send.replaceChildren(stop ? square : arrow);
     send.setAttribute('aria-label', stop ? t.stop : t.send);
     send.title = stop ? t.stop : t.send;

@@ -57,7 +57,7 @@ header svg { width: 21px; height: 21px; }
 .meta { display: flex; align-items: center; flex-wrap: wrap; gap: 2px 8px; padding: 3px 6px 0; min-height: 0; font-size: 12.5px; line-height: 1.5;
   color: var(--soft); }
 .meta:empty { display: none; }
-.failed, .failed > .meta { max-width: 100%; }
+.failed { width: 100%; max-width: 100%; }
 .failed > .text { max-width: 86%; }
 .failed > .meta { color: var(--alarm); justify-content: flex-end; }
 .meta button { font-weight: 600; text-decoration: underline; text-underline-offset: 3px; border-radius: 4px; color: var(--ink); }

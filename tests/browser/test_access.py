@@ -171,6 +171,7 @@ async def test_from_right_to_left(visitors: Visitors, sites: Sites, gateway: str
         assert mine
         assert theirs
         assert mine["x"] < theirs["x"], "the visitor's own messages are at the end of the line: on the left"
+    assert await box.evaluate("(box) => getComputedStyle(box).direction") == "rtl", "and so is the placeholder"
     # The corner that points to the speaker is at the speaker's side, in whatever language it is said.
     corners = await log.evaluate("""(log) => [...log.querySelectorAll('.text')].map((one) => {
       const { borderBottomLeftRadius: left, borderBottomRightRadius: right } = getComputedStyle(one);

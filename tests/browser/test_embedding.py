@@ -104,7 +104,9 @@ async def test_an_agent_that_does_not_exist_gets_no_chat_and_a_clear_line(
 async def test_the_pages_styles_do_not_reach_the_chat(visitors: Visitors, sites: Sites, gateway: str) -> None:
     looks: list[Any] = []
     for head in ("", RUDE):
-        visit = await visitors.go(sites.put(document(TEXT + tag(gateway, open="true"), head=head)))
+        # Without transitions, which would be looked at midway.
+        page = sites.put(document(TEXT + tag(gateway, open="true"), head=head))
+        visit = await visitors.go(page, reduced_motion="reduce")
         await expect(visit.chat.box).to_be_visible()
         looks.append([await part.evaluate(STYLES) for part in (visit.chat.box, visit.chat.log, visit.chat.send_button)])
     assert looks[0] == looks[1]

@@ -80,7 +80,10 @@ class Visit:
         return [one.post_data_json or {} for one in posted]
 
     async def shoot(self, name: str, *, whole: bool = False) -> None:
-        """A screenshot for people to look at."""
+        """A screenshot for people to look at, once what comes in has come."""
+        await self.page.evaluate("""() => Promise.all([...document.querySelectorAll('*')].filter((one) => one.shadowRoot)
+          .flatMap((one) => one.shadowRoot.getAnimations()).filter((one) => one.effect.getTiming().iterations !== Infinity)
+          .map((one) => one.finished.catch(() => {})))""")
         await self.page.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled", full_page=whole)
 
 
