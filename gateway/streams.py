@@ -411,6 +411,12 @@ def _from_now_on(hot: Hot) -> Cursor:
     return (hot.turns[-1].fence if hot.turns else 0), SHOWN
 
 
+def turn_started(turn_id: str, session_id: str, message: str, message_id: str | None) -> dict[str, str]:
+    """What `turn.started` says. The message is for who follows the session: the visitor's other devices."""
+    said = {"turn_id": turn_id, "session_id": session_id, "message": message}
+    return {**said, "message_id": message_id} if message_id else said
+
+
 def _end(turn_log: TurnLog, turn: Turn, *, replayed: bool) -> None:
     """Adds the events that a committed turn's log lacks."""
     text = turn.messages[-1].content
@@ -419,8 +425,8 @@ def _end(turn_log: TurnLog, turn: Turn, *, replayed: bool) -> None:
     n = turn_log.last
     if not turn_log.events:
         turn_log.fence, n = turn_log.fence or turn.fence, REBUILT
-        started = ("turn.started", {"turn_id": turn.id, "session_id": turn_log.session_id})
-        events = [started, ("text.delta", {"text": text}), *events]
+        data = turn_started(turn.id, turn_log.session_id, turn.messages[0].content, turn.message_id)
+        events = [("turn.started", data), ("text.delta", {"text": text}), *events]
     for kind, data in events:
         n += 1
         turn_log.add(Event(n, kind, _encode(data)))

@@ -39,7 +39,7 @@ from gateway.problems import (
     TurnTimeout,
     problem_of,
 )
-from gateway.streams import TurnLog, TurnWriter, answer_metadata, replay_log
+from gateway.streams import TurnLog, TurnWriter, answer_metadata, replay_log, turn_started
 from persistence.agents import Agent
 from persistence.connection import retrieve
 from persistence.errors import PersistenceError, RedisUnavailable
@@ -493,7 +493,8 @@ class Turns:
         if turn.opened is None:
             return None
         turn.writer = TurnWriter(self._logs, turn.request.session_id, turn.id, turn.fence)
-        turn.writer.emit("turn.started", {"turn_id": turn.id, "session_id": turn.request.session_id})
+        request = turn.request
+        turn.writer.emit("turn.started", turn_started(turn.id, request.session_id, request.message, request.message_id))
         self._streams.own(turn.id, turn.writer.log)
         turn.opened.set_result(turn.writer.log)
         return turn.writer

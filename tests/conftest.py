@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import asyncpg
@@ -64,9 +64,7 @@ def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgr
         yield server
 
 
-@pytest.fixture
-def settings(redis_server: RedisServer, postgres_server: PostgresServer) -> Settings:
-    """Settings on the test servers. A test that wants others overrides this fixture or builds its own Stores."""
+def settings_on(redis_server: RedisServer, postgres_server: PostgresServer) -> Settings:
     return Settings(
         redis_url=redis_server.url,
         database_url=postgres_server.url,
@@ -81,8 +79,18 @@ def settings(redis_server: RedisServer, postgres_server: PostgresServer) -> Sett
 
 
 @pytest.fixture
+def settings(redis_server: RedisServer, postgres_server: PostgresServer) -> Settings:
+    """Settings on the test servers. A test that wants others overrides this fixture or builds its own Stores."""
+    return settings_on(redis_server, postgres_server)
+
+
+@pytest.fixture
 async def empty(settings: Settings) -> None:
     """Empties both stores before the test."""
+    await empty_stores(settings)
+
+
+async def empty_stores(settings: Settings) -> None:
     stores = Stores(settings)
     await stores.client.flushall()
     await stores.close()
@@ -94,6 +102,12 @@ async def empty(settings: Settings) -> None:
 @pytest.fixture
 async def stores(settings: Settings, empty: None) -> AsyncIterator[Stores]:
     """Everything on the two stores; after the test the one rule is checked."""
+    async with checked_stores(settings) as stores:
+        yield stores
+
+
+@asynccontextmanager
+async def checked_stores(settings: Settings) -> AsyncIterator[Stores]:
     stores = Stores(settings)
     await stores.check()
     yield stores
@@ -149,7 +163,10 @@ PutAgent = Callable[..., Awaitable[Agent]]
 @pytest.fixture
 def put_agent(stores: Stores) -> PutAgent:
     """Makes an agent: `await put_agent("shop", config={...})`; on `echo` unless told otherwise."""
+    return put_in(stores)
 
+
+def put_in(stores: Stores) -> PutAgent:
     async def put(name: str = "shop", **fields: Any) -> Agent:
         agent, _ = await stores.agents.put(name, AgentDefinition(**{"graph": "echo", "rate_limit": None, **fields}))
         return agent

@@ -132,7 +132,7 @@ async def test_a_turn_streams_its_start_its_text_and_its_end(pods: Pods, spoken:
     assert kinds(events) == ["turn.started", "text.delta", "text.delta", "text.delta", "turn.completed"]
     assert text_of(events) == "Good day, visitor\n"
     turn_id = events[0].data["turn_id"]
-    assert events[0].data == {"turn_id": turn_id, "session_id": session_id}
+    assert events[0].data == {"turn_id": turn_id, "session_id": session_id, "message": "Hello"}
     completed = events[-1].data
     assert completed["response"] == "Good day, visitor\n"
     assert completed["metadata"] | {"latency_ms": 0} == {
@@ -978,6 +978,7 @@ async def test_the_second_tab_sees_every_turn_as_it_happens(pods: Pods, spoken: 
         for tab in (here, there):
             events = await tab.take(3)
             assert kinds(events) == ["turn.started", "text.delta", "turn.completed"]
+            assert events[0].data["message"] == "Asked", "the question, for a device that did not ask it"
             assert events[-1].data == answer
             assert len(tab.events) == len(stream.events) + 3
 

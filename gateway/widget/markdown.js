@@ -4,7 +4,8 @@
  * so there is none to sanitize: what looks like a tag is shown as it is written. Images are links, for loading one would
  * tell a third party of the visitor.
  *
- * What is rendered stays as it is and only grows; a long text is taken in slices, so that the page stays responsive.
+ * What is rendered stays as it is and only grows; a long text is taken in slices, so that the page stays responsive. A mark
+ * that goes on for pages is none, and thousands of them are no text: such an answer is shown as it was written.
  */
 
 import * as md from './streaming-markdown.js';
@@ -14,6 +15,13 @@ import * as md from './streaming-markdown.js';
 const SLICE_CHARS = 2000;
 const SLICE_MS = 12;
 const DEEPEST = 16; // the parser has room for 24
+const LONGEST_MARK = 4000; // the parser looks at an unfinished one again with each character
+const MOST_ELEMENTS = 8000; // and columns: laying them out again and again would hold up the page
+const MOST_COLUMNS = 50;
+const PLAIN_BLOCK = 4000;
+/** @type {number[]} where text stands as it was written, and the parser keeps the newest character until it has seen the next */
+const FLOWING = [md.PARAGRAPH, md.HEADING_1, md.HEADING_2, md.HEADING_3, md.HEADING_4, md.HEADING_5, md.HEADING_6, md.ITALIC_AST, md.ITALIC_UND,
+  md.STRONG_AST, md.STRONG_UND, md.STRIKE, md.LIST_ITEM, md.TABLE_CELL, md.BLOCKQUOTE];
 
 /** @type {Record<number, string>} */
 const TAGS = {
@@ -77,6 +85,10 @@ export class MarkdownView {
   #whole = false;
   #pending = ''; // text that is not on the page yet: adding to a long text bit by bit would be slow
   #last = '';
+  #tail = document.createTextNode(''); // what the parser keeps back
+  #plain = false;
+  #elements = 0;
+  #columns = 0;
 
   /** @param {HTMLElement} root  shows the answer */
   constructor(root) {
@@ -95,6 +107,8 @@ export class MarkdownView {
   #begin() {
     this.#root.replaceChildren();
     this.#pending = this.#last = '';
+    this.#plain = false;
+    this.#elements = this.#columns = 0;
     this.#open = [{ node: this.#root, token: md.DOCUMENT, start: '' }];
     this.#written = 0;
     return md.parser({
@@ -109,6 +123,7 @@ export class MarkdownView {
   #slice() {
     clearTimeout(this.#timer);
     const began = performance.now();
+    this.#tail.remove();
     while (this.#written < this.#text.length) {
       if (performance.now() - began > SLICE_MS) {
         this.#flush();
@@ -119,24 +134,62 @@ export class MarkdownView {
       this.#written += part.length;
       this.#write(part);
     }
+    if (this.#plain) return;
     if (this.#whole) {
       md.parser_end(this.#parser);
-      if (this.#parser.pending.startsWith('](')) {
-        this.#top.node.prepend('['); // a link that never ended
-        this.#add(this.#parser.pending.trimEnd());
+      const { pending } = this.#parser;
+      if (/^(\]\(|<)/.test(pending)) this.#add(pending.trimEnd());
+      for (const { node, token, href } of this.#open) {
+        if (token === md.LINK && href === undefined) node.prepend('['); // a link that never ended
       }
     }
     this.#flush();
+    if (!this.#whole) this.#showTail();
+  }
+
+  /** Show what the parser keeps back, where it will turn out to be text, or else go away again with the next character. */
+  #showTail() {
+    const { pending, token } = this.#parser;
+    if (!/^[\p{L}\p{N}\p{P}\p{S}]{1,8}$/u.test(pending) || /^[\\<`_*~$[\]!|#>+-]/.test(pending) || !FLOWING.includes(this.#top.token)) return;
+    if (token === md.LINE_BREAK) return; // it may become the mark of a list
+    this.#tail.data = pending;
+    this.#top.node.append(this.#tail);
+  }
+
+  /** Give up: the whole text as it was written. */
+  #giveUp() {
+    this.#begin();
+    this.#plain = true;
+    this.#written = this.#text.length;
+    this.#addPlain(this.#text);
+  }
+
+  /** In blocks, so that what is there already is not laid out again. @param {string} text */
+  #addPlain(text) {
+    let block = this.#root.lastElementChild;
+    for (let at = 0; at < text.length; ) {
+      let room = PLAIN_BLOCK - (block?.textContent ?? '').length;
+      if (!block || room <= 0) {
+        block = document.createElement('p');
+        block.className = 'plain';
+        this.#root.append(block);
+        room = PLAIN_BLOCK;
+      }
+      block.append(text.slice(at, at + room));
+      at += room;
+    }
   }
 
   /** @param {string} part */
   #write(part) {
+    if (this.#plain) return this.#addPlain(part);
     for (const [line] of part.matchAll(/[^\n]*\n?/g)) {
       // The parser's room is limited. A few characters cannot fill it; what is nested deeper goes on as plain text.
       for (let at = 0; at < line.length; at += DEEPEST / 2) {
         const bit = line.slice(at, at + DEEPEST / 2);
         if (this.#parser.len >= DEEPEST) this.#add(bit);
         else md.parser_write(this.#parser, bit);
+        if (this.#parser.pending.length > LONGEST_MARK || this.#elements > MOST_ELEMENTS || this.#columns > MOST_COLUMNS) return this.#giveUp();
       }
     }
   }
@@ -149,6 +202,8 @@ export class MarkdownView {
   #start(token) {
     this.#flush();
     const { node: parent } = this.#top;
+    this.#elements += 1;
+    if (token === md.TABLE_CELL) this.#columns = parent.childElementCount + 1;
     let node = document.createElement(TAGS[token] ?? 'span');
     let start = '';
     let inner = node;

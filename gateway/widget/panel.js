@@ -10,11 +10,11 @@ import { button, el, icon, sheet } from './dom.js';
 import { MarkdownView } from './markdown.js';
 import { randomHex } from './session.js';
 import { STYLE } from './styles.js';
-import { TEXTS } from './texts.js';
 
+/** @typedef {import('./texts.js').Texts} Texts */
 /** @typedef {import('./service.js').Message} Message */
 /** @typedef {import('./service.js').TurnEvent} TurnEvent */
-/** @typedef {{show: (focus: boolean) => void, hide: () => void, remove: () => void}} Panel */
+/** @typedef {{show: (focus: boolean) => void, hide: () => void, wake: () => void, remove: () => void}} Panel */
 /**
  * @typedef {object} Entry  a message on the page
  * @property {HTMLElement} node
@@ -25,29 +25,30 @@ import { TEXTS } from './texts.js';
  * @property {string} [id]
  * @property {string} [turnId]
  * @property {string} [messageId]
+ * @property {Date} [at]  when it was said
  */
 /**
- * @typedef {import('./widget.js').MountOptions & {element: HTMLElement, root: ShadowRoot, frame: HTMLElement, launcher: HTMLElement,
- *   session: import('./session.js').SessionManager, service: import('./service.js').AgentService,
+ * @typedef {Omit<import('./widget.js').MountOptions, 'texts'> & {element: HTMLElement, root: ShadowRoot, frame: HTMLElement,
+ *   launcher: HTMLElement, t: Texts, arrived: () => void, session: import('./session.js').SessionManager, service: import('./service.js').AgentService,
  *   refused: (error: unknown) => boolean, closed: () => void}} PanelOptions
  */
 
 const PAINT_MS = 100;
 const NEAR_PX = 60;
+const PAUSE_MS = 3_600_000; // after which the time is told again
 
 /** @param {PanelOptions} options @returns {Panel} */
-export function createPanel({ agent, title, greeting, texts, target, root, frame, launcher, session, service, refused, closed }) {
-  const t = { ...TEXTS, ...texts };
+export function createPanel({ agent, title, greeting, lang, t, target, root, frame, launcher, session, service, refused, closed, arrived }) {
   const inline = Boolean(target);
 
-  const heading = el('h2', { id: 'title' }, title || 'Chat');
+  const heading = el('h2', { id: 'title' }, title || t.title);
   const again = button(t.again, 'again', icon('M12 20h8M4.5 15.6 15.2 4.9a1.8 1.8 0 0 1 2.6 0l1.3 1.3a1.8 1.8 0 0 1 0 2.6L8.4 19.5l-4.600.7z'));
   const shut = button(t.close, 'shut', icon('M6 6l12 12M18 6 6 18'));
   const bar = el('div', { class: 'bar', hidden: '' });
   const log = el('div', { class: 'log', role: 'log', tabindex: '0', 'aria-live': 'off', 'aria-label': t.conversation });
   const status = el('div', { class: 'sr', role: 'status' });
   const box = /** @type {HTMLTextAreaElement} */ (
-    el('textarea', { rows: '1', placeholder: t.placeholder, 'aria-label': t.message, enterkeyhint: 'send', maxlength: '32000', dir: 'auto' })
+    el('textarea', { rows: '1', placeholder: t.placeholder, 'aria-label': t.message, enterkeyhint: 'send', maxlength: '32000' })
   );
   const arrow = icon('M12 19.5v-15M5.5 11 12 4.5l6.5 6.5');
   const square = icon('M7.5 7.5h9v9h-9z');
@@ -58,9 +59,9 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
   latest.hidden = true;
   const form = /** @type {HTMLFormElement} */ (el('form', {}, latest, el('div', { class: 'box' }, box, send)));
   const panel = el('section', { class: 'panel', id: 'panel', role: inline ? 'region' : 'dialog', 'aria-labelledby': 'title', hidden: '' },
-    el('header', {}, heading, again, ...(inline ? [] : [shut])), bar, log, form, status);
+    el('header', {}, heading, again, ...(inline ? [] : [shut])), bar, log, form);
   root.adoptedStyleSheets.push(sheet(STYLE));
-  frame.prepend(panel);
+  frame.prepend(panel, status); // an answer is read out when the chat is closed, too
   launcher.setAttribute('aria-controls', 'panel');
 
   /** @type {Entry[]} the messages of this session, in order; those without a place in the transcript last */
@@ -116,19 +117,19 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     return entry;
   }
 
-  const welcome = bubble('assistant', greeting || 'Hello! How can we help?').node;
+  const welcome = bubble('assistant', greeting || t.greeting).node;
   log.append(welcome);
 
   /** Show messages of the transcript, each once and in its place. @param {Message[]} messages */
   function merge(messages) {
-    for (const { id, role, content, seq, turn_id, message_id } of messages) {
+    for (const { id, role, content, seq, turn_id, message_id, created_at } of messages) {
       if (role !== 'user' && role !== 'assistant') continue;
       let entry = entries.find((one) => one.id === id || (one.seq === undefined && one.role === role
         && ((message_id !== undefined && one.messageId === message_id) || one.turnId === turn_id)));
       if (entry?.id === id) continue;
       if (entry) entries.splice(entries.indexOf(entry), 1);
       else entry = bubble(role, content);
-      Object.assign(entry, { id, seq, turnId: turn_id, messageId: message_id ?? entry.messageId });
+      Object.assign(entry, { id, seq, turnId: turn_id, messageId: message_id ?? entry.messageId, at: entry.at ?? new Date(created_at) });
       const at = entries.findIndex((one) => one.seq === undefined || one.seq > seq);
       if (at < 0) {
         log.append(entry.node);
@@ -137,6 +138,19 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
         entries[at].node.before(entry.node);
         entries.splice(at, 0, entry);
       }
+    }
+    tellTimes();
+  }
+
+  /** When it was said, over the first message and wherever there was a pause. */
+  function tellTimes() {
+    for (const old of log.querySelectorAll('.time')) old.remove();
+    let before = NaN;
+    for (const { node, at } of entries) {
+      const said = at ? at.getTime() : NaN;
+      if (!at || Number.isNaN(said)) continue;
+      if (!(said - before < PAUSE_MS)) node.before(el('time', { class: 'note time', datetime: at.toISOString() }, inWords(at, lang)));
+      before = said;
     }
   }
 
@@ -181,6 +195,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
   const working = () => Boolean(current || followed);
   function dress() {
     const stop = working();
+    box.dir = box.value ? 'auto' : ''; // an empty box would be left to right, and its placeholder too
     send.replaceChildren(stop ? square : arrow);
     send.setAttribute('aria-label', stop ? t.stop : t.send);
     send.title = stop ? t.stop : t.send;
@@ -289,6 +304,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
           case 'turn.completed':
             answer.finish(event.response);
             session.keepPending(null);
+            if (panel.hidden) arrived();
             break;
           case 'turn.cancelled':
             entry.meta.textContent = answer.drop(true) ? '' : t.stopped;
@@ -327,9 +343,10 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
   /** The session was over: what is shown above belongs to it, and these belong to the next. @param {...Entry} kept */
   function replaced(...kept) {
     shownSession = session.getSessionId();
+    const told = entries.length > kept.length; // a first message has nothing before it
     entries = kept;
     offerMore(null);
-    kept[0].node.before(el('p', { class: 'note' }, t.ended));
+    if (told) kept[0].node.before(el('p', { class: 'note' }, t.ended));
   }
 
   // --- what happens elsewhere ---
@@ -346,7 +363,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     if (sessionId !== shownSession) clear();
     if (!sessionId) return;
     feed = new AbortController();
-    void follow(feed.signal).finally(resume);
+    void follow(feed.signal).finally(() => panel.hidden || resume());
   }
 
   /** @param {AbortSignal} signal */
@@ -386,6 +403,9 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
             answer?.drop(false);
             end();
             if (entries.some((one) => one.turnId === turnId)) break;
+            if (event.message !== undefined && !entries.some((one) => one.messageId && one.messageId === event.message_id)) {
+              Object.assign(append(bubble('user', event.message)), { turnId, messageId: event.message_id });
+            }
             answer = answering();
             answer.entry.turnId = turnId;
             followed = answer.entry;
@@ -418,7 +438,7 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
   /** Go on with the message that waits for its answer, of an earlier page or of another tab: by its id it is answered once. */
   function resume() {
     const pending = session.findPending();
-    if (!pending || current || panel.hidden) return false;
+    if (!pending || current) return false;
     let entry = entries.find((one) => one.messageId === pending.messageId);
     if (entry?.seq !== undefined) {
       session.keepPending(null); // it was answered
@@ -469,10 +489,13 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     const text = box.value.trim();
     if (!text || working()) return;
     box.value = '';
+    grow();
     const entry = bubble('user', text);
     entry.messageId = randomHex(16);
     if (session.findSessionId() !== shownSession) clear();
     append(entry);
+    entry.at = new Date();
+    tellTimes();
     toEnd();
     void deliver(entry, text);
   });
@@ -495,9 +518,15 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     dress();
     box.focus();
   });
-  box.addEventListener('input', dress);
+  const grow = () => {
+    if (CSS.supports('field-sizing', 'content')) return;
+    box.style.height = '0';
+    box.style.height = `${box.scrollHeight}px`;
+  };
+  box.addEventListener('input', () => (dress(), grow()));
   box.addEventListener('keydown', (event) => {
-    if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return; // Shift+Enter makes a new line
+    // Shift+Enter makes a new line; while words are being composed (229 in Safari), Enter takes the one that is proposed.
+    if (event.key !== 'Enter' || event.shiftKey || event.isComposing || event.keyCode === 229) return;
     event.preventDefault();
     form.requestSubmit();
   });
@@ -539,6 +568,15 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     closed();
   });
 
+  /** What the keyboard of a phone leaves of the screen. */
+  const screen = globalThis.visualViewport;
+  const fit = () => {
+    if (!screen || screen.scale > 1.01) return;
+    panel.style.setProperty('--screen-top', `${screen.offsetTop}px`);
+    panel.style.setProperty('--screen-height', `${screen.height}px`);
+  };
+  for (const kind of ['resize', 'scroll']) screen?.addEventListener(kind, fit);
+
   function hide() {
     if (panel.hidden || inline) return;
     const focused = panel.contains(root.activeElement);
@@ -552,11 +590,12 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     const first = panel.hidden;
     panel.hidden = false;
     launcher.setAttribute('aria-expanded', 'true');
+    fit();
     connection();
     dress();
     if (first) {
       toEnd();
-      if (session.findSessionId()) openFeed();
+      openFeed();
     }
     if (focus) box.focus();
   }
@@ -567,7 +606,22 @@ export function createPanel({ agent, title, greeting, texts, target, root, frame
     document.removeEventListener('visibilitychange', onVisible);
     removeEventListener('offline', connection);
     removeEventListener('online', connection);
+    for (const kind of ['resize', 'scroll']) screen?.removeEventListener(kind, fit);
     panel.remove();
+    status.remove();
   }
-  return { show, hide, remove };
+  return { show, hide, wake: () => void resume(), remove };
+}
+
+/** @param {Date} at @param {string} [lang] @returns {string} the time, and the day if it is not today; as the visitor writes it in that language */
+function inWords(at, lang = '') {
+  const today = at.toDateString() === new Date().toDateString();
+  const spoken = navigator.languages.find((one) => one.slice(0, 2) === lang.slice(0, 2)) ?? lang;
+  /** @type {any} */
+  const form = { hour: 'numeric', minute: '2-digit', ...(today ? {} : { weekday: 'short', day: 'numeric', month: 'short' }) };
+  try {
+    return at.toLocaleString(spoken || undefined, form);
+  } catch {
+    return at.toLocaleString(undefined, form); // the page's lang is no language
+  }
 }

@@ -7,11 +7,11 @@
 
 import { SessionManager, randomHex } from './session.js';
 
-/** @typedef {{id: string, role: string, content: string, seq: number, turn_id: string, message_id?: string}} Message */
+/** @typedef {{id: string, role: string, content: string, seq: number, turn_id: string, created_at: string, message_id?: string}} Message */
 /** @typedef {{messages: Message[], next_before: number | null}} History  messages, oldest first */
 /** @typedef {{response: string, metadata: Record<string, any>}} Answer */
 /**
- * @typedef {{type: 'turn.started', turn_id: string, session_id: string} | {type: 'text.delta', text: string}
+ * @typedef {{type: 'turn.started', turn_id: string, session_id: string, message?: string, message_id?: string} | {type: 'text.delta', text: string}
  *   | {type: 'custom', [name: string]: any} | {type: 'turn.completed', response: string, metadata: Record<string, any>}
  *   | {type: 'turn.failed', code: string, title: string, retryable: boolean} | {type: 'turn.cancelled'}
  *   | {type: 'log.reset'} | {type: 'session.replaced'} | {type: 'feed.opened'}
@@ -23,6 +23,7 @@ const SEND_TIMEOUT_MS = 300_000; // longer than the gateway lets a turn wait and
 const SILENCE_MS = 40_000; // the gateway sends a heartbeat every 15 s
 const ATTEMPTS = 8;
 const LONGEST_WAIT_S = 20;
+const LONGEST_ASKED_S = 120; // whoever is to wait for longer is told so instead
 const TERMINAL = ['turn.completed', 'turn.failed', 'turn.cancelled'];
 /** What passes by itself, so that the same message is sent again without asking the visitor. */
 const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited'];
@@ -50,6 +51,9 @@ const unreachable = () => new AgentError({ code: 'unreachable', title: 'No conne
 
 /** Exponential backoff with full jitter. @param {number} attempt  from 0 @returns {number} seconds */
 const backoff = (attempt) => 0.2 + Math.random() * Math.min(LONGEST_WAIT_S, 0.5 * 2 ** attempt);
+
+/** @param {AgentError} problem */
+const tooLong = (problem) => (problem.retryAfter ?? 0) > LONGEST_ASKED_S;
 
 const offline = () => globalThis.navigator?.onLine === false;
 
@@ -131,7 +135,7 @@ export class AgentService {
         return await this.#json('POST', `/api/chat/${encodeURIComponent(agentId)}/message`, this.#body(message, messageId), signal, SEND_TIMEOUT_MS);
       } catch (error) {
         if (await this.#replace(agentId, error, sessionId, replaced)) replaced += 1;
-        else if (!(error instanceof AgentError) || !error.passes || attempt >= ATTEMPTS) throw error;
+        else if (!(error instanceof AgentError) || !error.passes || attempt >= ATTEMPTS || tooLong(error)) throw error;
         else await pause(error.retryAfter ?? backoff(attempt), signal);
       }
     }
@@ -171,7 +175,7 @@ export class AgentService {
           replaced += 1;
           yield { type: 'session.replaced' };
         } else if (problem.code === 'unreachable' || problem.passes || (turnId && problem.status === 404)) {
-          if (!offline() && (failures += 1) > ATTEMPTS) throw problem;
+          if (tooLong(problem) || (!offline() && (failures += 1) > ATTEMPTS)) throw problem;
           // Behind a turn that is no more, the same message is sent anew: the gateway knows whether it was answered.
           if (turnId && (problem.code !== 'unreachable' && problem.status !== 503)) turnId = cursor.id = '';
           const wait_s = problem.retryAfter ?? backoff(failures);
@@ -263,8 +267,8 @@ export class AgentService {
   }
 
   /**
-   * Where an error says that the session is over or is not ours, begin another: first one of our own making, then, for
-   * agents that insist on it, one that the gateway mints.
+   * Where an error says that the session is over or is not ours, begin another: one of our own making, or, for agents
+   * that insist on it, one that the gateway mints.
    * @param {string} agentId @param {unknown} error @param {string} sessionId @param {number} replaced  how often already
    * @returns {Promise<boolean>}
    */
@@ -274,7 +278,7 @@ export class AgentService {
     if (!over) return false;
     // Another tab may have begun the next session already: then join it.
     if (this.#session.findSessionId() === sessionId) this.#session.clearSession();
-    if (replaced === 1) {
+    if (replaced === 1 || error.code === 'session_token_required') {
       const metadata = this.#session.getSessionMetadata();
       const opened = await this.#json('POST', '/api/sessions', { agent_id: agentId, metadata });
       this.#session.setSession(opened.session_id, opened.session_token);

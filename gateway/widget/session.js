@@ -117,7 +117,13 @@ export class SessionManager {
       if (value === null) localStorage.removeItem(this.#key + part);
       else localStorage.setItem(this.#key + part, value);
     } catch {
-      if (value !== null) this.#memory.set(part, value);
+      if (value === null) return;
+      this.#memory.set(part, value);
+      try {
+        localStorage.removeItem(this.#key + part); // where it is full, what was there before must not be read again
+      } catch {
+        // storage is blocked
+      }
     }
   }
 }

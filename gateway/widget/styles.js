@@ -6,7 +6,7 @@ export const STYLE = `
 :host([data-theme=dark]) .panel { --paper: #161a19; --ink: #e8edea; --soft: #a2aeaa; --line: #2d3533; --bubble: #232a28;
   --alarm: #ff9c93; --well: #0f1312; }
 :where(.panel, .panel *) { box-sizing: border-box; margin: 0; font: inherit; color: inherit; letter-spacing: normal; }
-.panel { font: 400 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); position: fixed; z-index: 2147483001; bottom: calc(var(--edge) + 76px); right: var(--edge); width: 400px;
+.panel { font: 400 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; color: var(--ink); position: fixed; z-index: 1; bottom: calc(var(--edge) + 76px); right: var(--edge); width: 400px;
   max-width: calc(100vw - 2 * var(--edge)); height: min(680px, 100dvh - var(--edge) * 2 - 76px); display: flex;
   flex-direction: column; overflow: hidden; background: var(--paper); border-radius: 20px;
   box-shadow: 0 0 0 1px rgb(0 0 0 / .07), 0 12px 28px rgb(0 0 0 / .12), 0 28px 80px rgb(0 0 0 / .2); transform-origin: bottom right;
@@ -47,20 +47,27 @@ header svg { width: 21px; height: 21px; }
 .message.user { align-self: flex-end; align-items: flex-end; }
 .message + .message:not(.user) { margin-top: 4px; }
 .text { max-width: 100%; padding: 10px 15px; border-radius: 20px; overflow-wrap: anywhere; background: var(--bubble); }
-.message:not(.user) > .text { border-end-start-radius: 6px; }
-.user > .text { white-space: pre-wrap; background: var(--accent); color: var(--on-accent); border-end-end-radius: 6px; }
+.message:not(.user) > .text, .dots { border-bottom-left-radius: 6px; }
+[dir=rtl] .message:not(.user) > .text, [dir=rtl] .dots { border-bottom-left-radius: 20px; border-bottom-right-radius: 6px; }
+.user > .text { white-space: pre-wrap; background: var(--accent); color: var(--on-accent); border-bottom-right-radius: 6px; }
+[dir=rtl] .user > .text { border-bottom-right-radius: 20px; border-bottom-left-radius: 6px; }
 .text:empty { display: none; }
+.plain { white-space: pre-wrap; }
+.text > .plain { margin: 0; }
 .meta { display: flex; align-items: center; flex-wrap: wrap; gap: 2px 8px; padding: 3px 6px 0; min-height: 0; font-size: 12.5px; line-height: 1.5;
   color: var(--soft); }
 .meta:empty { display: none; }
+.failed { width: 100%; max-width: 100%; }
+.failed > .text { max-width: 86%; }
 .failed > .meta { color: var(--alarm); justify-content: flex-end; }
-.meta button { font-weight: 600; text-decoration: underline; text-underline-offset: 3px; padding: 2px; border-radius: 4px; color: var(--ink); }
-.dots { display: flex; gap: 5px; padding: 16px 17px; border-radius: 20px; border-end-start-radius: 6px; background: var(--bubble); }
+.meta button { font-weight: 600; text-decoration: underline; text-underline-offset: 3px; border-radius: 4px; color: var(--ink); }
+.dots { display: flex; gap: 5px; padding: 16px 17px; border-radius: 20px; background: var(--bubble); }
 .dots i { width: 7px; height: 7px; border-radius: 50%; background: var(--soft); animation: dot 1.2s ease-in-out infinite; }
 .dots i + i { animation-delay: .16s; } .dots i + i + i { animation-delay: .32s; }
 @keyframes dot { 0%, 60%, 100% { opacity: .35; } 30% { opacity: 1; transform: translateY(-3px); } }
 @keyframes rise { from { opacity: 0; transform: translateY(6px); } }
-.note { align-self: center; text-align: center; color: var(--soft); font-size: 13px; padding: 12px 20px 6px; max-width: 100%; }
+.note { text-wrap: balance; align-self: center; text-align: center; color: var(--soft); font-size: 13px; padding: 12px 20px 6px; max-width: 100%; }
+.time { font-size: 12px; padding: 10px 20px 2px; }
 .more { align-self: center; margin-bottom: 6px; }
 .latest { position: absolute; left: 50%; bottom: 84px; transform: translateX(-50%); display: flex; gap: 6px; align-items: center;
   padding: 7px 14px; border-radius: 99px; font-size: 13px; font-weight: 550; background: var(--ink); color: var(--paper);
@@ -81,7 +88,7 @@ header svg { width: 21px; height: 21px; }
 .text hr { border: 0; border-top: 1px solid var(--soft); opacity: .4; }
 .text code, .text pre { font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .text code { direction: ltr; unicode-bidi: isolate; }
-.text code { padding: 1px 5px; border-radius: 5px; background: color-mix(in srgb, var(--ink) 9%, transparent); -webkit-box-decoration-break: clone; box-decoration-break: clone; }
+.text code { display: inline-block; max-width: 100%; padding: 0 5px; border-radius: 5px; background: color-mix(in srgb, var(--ink) 9%, transparent); }
 .text .wide { max-width: 100%; overflow-x: auto; scrollbar-width: thin; }
 .text .code { background: var(--well); border-radius: 10px; }
 .text tr:last-child td { border-bottom: 0; }
@@ -92,7 +99,7 @@ header svg { width: 21px; height: 21px; }
 
 form { flex: none; position: relative; padding: 8px 12px calc(12px + env(safe-area-inset-bottom)); }
 .box { display: flex; align-items: flex-end; border: 1px solid var(--soft); border-radius: 24px; background: var(--paper); padding: 4px; transition: border-color .15s, box-shadow .15s; }
-.box:focus-within { border-color: var(--ink); box-shadow: 0 0 0 1px var(--ink); }
+.box:focus-within { border-color: var(--ink); box-shadow: 0 0 0 3px color-mix(in srgb, var(--ink) 15%, transparent); }
 textarea { flex: 1; min-width: 0; min-height: 40px; max-height: 140px; padding: 9px 4px 9px 14px; border: 0; resize: none; background: none;
   font-size: 16px; line-height: 22px; field-sizing: content; overflow-y: auto; scrollbar-width: thin; }
 [dir=rtl] textarea { padding: 9px 14px 9px 4px; }
@@ -106,7 +113,8 @@ textarea::placeholder { color: var(--soft); opacity: 1; }
 .send .square { fill: currentColor; }
 
 @media (max-width: 480px) {
-  .right .panel, .left .panel { inset: 0; width: auto; max-width: none; height: 100dvh; border-radius: 0; box-shadow: none; }
+  .right .panel, .left .panel { inset: 0; top: var(--screen-top, 0); bottom: auto; width: auto; max-width: none;
+    height: var(--screen-height, 100dvh); border-radius: 0; box-shadow: none; }
   header { padding-top: calc(12px + env(safe-area-inset-top)); }
 }
 @media (max-height: 460px) { .right .panel, .left .panel { height: calc(100dvh - 16px); bottom: 8px; } }

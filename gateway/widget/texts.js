@@ -1,8 +1,11 @@
 /** What the chat says, in English. A site gives its own words, all or some, as `texts` or `data-texts`. */
 
 export const TEXTS = {
+  title: 'Chat',
+  greeting: 'Hello! How can we help?',
   open: 'Open the chat',
   close: 'Close the chat',
+  unread: 'New messages: {count}',
   conversation: 'Conversation',
   placeholder: 'Write a message…',
   message: 'Message',
@@ -13,9 +16,9 @@ export const TEXTS = {
   sending: 'Sending…',
   stopped: 'Stopped',
   again: 'New conversation',
-  againQuestion: 'End this conversation and begin a new one?',
-  againYes: 'Begin anew',
-  againNo: 'Go on here',
+  againQuestion: 'End this conversation and start a new one?',
+  againYes: 'Start a new one',
+  againNo: 'Keep this one',
   ended: 'The earlier conversation has ended. This is a new one.',
   earlier: 'Show earlier messages',
   notLoaded: 'The conversation could not be loaded.',
@@ -23,10 +26,10 @@ export const TEXTS = {
   latest: 'Newest messages',
   offline: 'You are offline. Messages are sent when you are back.',
   reconnecting: 'Reconnecting…',
-  wait: 'A moment please, next try in {seconds} s.',
+  wait: 'One moment, trying again in {seconds} s.',
   failed: 'This message could not be answered.',
   unreachable: 'No connection. This message was not sent.',
-  rate_limited: 'That were too many messages at once.',
+  rate_limited: 'Too many messages at once. Please try again later.',
   turn_timeout: 'The answer took too long.',
 };
 

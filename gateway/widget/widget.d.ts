@@ -1,9 +1,12 @@
 /** The chat widget of the session gateway, and the client for sites with an interface of their own. */
 
-/** The words of the chat; `{seconds}` in `wait` is replaced. */
+/** The words of the chat; `{seconds}` in `wait` and `{count}` in `unread` are replaced. */
 export interface Texts {
+  title: string;
+  greeting: string;
   open: string;
   close: string;
+  unread: string;
   conversation: string;
   placeholder: string;
   message: string;
@@ -44,7 +47,9 @@ export interface MountOptions {
   position?: 'right' | 'left';
   /** `auto`: as the visitor's system has it. */
   theme?: 'auto' | 'light' | 'dark';
-  /** Default: the page's. */
+  /** `ar`, `de`, `en`, `es` or `fr`. Default: the page's, and English where it is another. */
+  lang?: string;
+  /** Default: that of `lang`, else the page's. */
   dir?: 'ltr' | 'rtl';
   /** Words in another language, all or some. */
   texts?: Partial<Texts>;
@@ -70,7 +75,7 @@ export interface Chat {
   setUserToken(userToken: UserToken): void;
 }
 
-/** Puts the chat on the page. */
+/** Puts the chat on the page; one that is there already, of this agent at this place, is given back as it is. */
 export function mount(options: MountOptions): Chat;
 
 export interface SessionMetadata {
@@ -106,6 +111,7 @@ export interface Message {
   content: string;
   seq: number;
   turn_id: string;
+  created_at: string;
   message_id?: string;
 }
 
@@ -116,7 +122,7 @@ export interface History {
 }
 
 export type TurnEvent =
-  | { type: 'turn.started'; turn_id: string; session_id: string }
+  | { type: 'turn.started'; turn_id: string; session_id: string; message?: string; message_id?: string }
   | { type: 'text.delta'; text: string }
   | { type: 'custom'; [name: string]: any }
   | { type: 'turn.completed'; response: string; metadata: Record<string, any> }

@@ -1,14 +1,10 @@
 """Everybody can use the chat: no violations by axe-core in any state, keyboard only, small screens, any direction."""
 
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-import pytest
-from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Route, expect
 
+from tests.browser.looks import check, check_in_all_looks
 from tests.browser.sites import TEXT, Sites, document, tag
-from tests.browser.visits import DESKTOP, PHONE, Scheme, Visit, Visitors
+from tests.browser.visits import Visit, Visitors, session_of
 from tests.support.spoken import Spoken, SpokenPod
 
 ANSWER = (
@@ -16,102 +12,49 @@ ANSWER = (
     "1. It is with the carrier, number `RX 4471`\n2. You can [follow it](https://example.com/track)\n\n"
     "Is there anything else?"
 )
-Stage = Callable[[Visit, Spoken, SpokenPod], Awaitable[None]]
 
 
-async def closed(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await expect(visit.chat.launcher).to_be_visible()
-
-
-async def opened(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await visit.chat.open()
-
-
-async def streaming(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await visit.chat.open()
-    spoken.say("Where is my parcel?", ANSWER, None)
-    await visit.chat.say("Where is my parcel?")
-    await expect(visit.chat.log).to_contain_text("Is there anything else?")
-    await visit.chat.say("Yes: can I still change the address?")
-    await spoken.has_started("Yes: can I still change the address?")
-    spoken.say("Yes: can I still change the address?", "Let me look. The carrier says that ")
-    await expect(visit.chat.log).to_contain_text("The carrier says that")
-    await expect(visit.chat.stop_button).to_be_visible()
-
-
-async def waiting(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await visit.chat.open()
-    await visit.chat.say("Where is my parcel?")
+async def test_axe_finds_nothing_in_any_state(visitors: Visitors, shop: str, spoken: Spoken, chat_pod: SpokenPod) -> None:
+    """One visit through all states; in each, both sizes and both colour schemes."""
+    visit = await visitors.go(shop)
+    chat = visit.chat
+    await expect(chat.launcher).to_be_visible()
+    await check_in_all_looks(visit, "closed")
+    await chat.open()
+    await check_in_all_looks(visit, "open")
+    await chat.say("Where is my parcel?")
     await spoken.has_started("Where is my parcel?")
-    await expect(visit.chat.stop_button).to_be_visible()
-
-
-async def answered(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await visit.chat.open()
+    await expect(chat.stop_button).to_be_visible()
+    await check_in_all_looks(visit, "waiting")
     spoken.say("Where is my parcel?", ANSWER, None)
-    await visit.chat.say("Where is my parcel?")
-    await expect(visit.chat.log).to_contain_text("Is there anything else?")
-    await expect(visit.chat.stop_button).to_be_hidden()
-
-
-async def failed(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await answered(visit, spoken, pod)
-    await visit.chat.say("And the second one?")
-    spoken.say("And the second one?", RuntimeError("told to fail"))
-    await expect(visit.chat.retry_button).to_be_visible()
-
-
-async def offline(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await answered(visit, spoken, pod)
+    await expect(chat.log).to_contain_text("Is there anything else?")
+    await expect(chat.stop_button).to_be_hidden()
+    await check_in_all_looks(visit, "answered")
+    await chat.say("Yes: can I still change the address?")
+    spoken.say("Yes: can I still change the address?", "Let me look. The carrier says that ")
+    await expect(chat.log).to_contain_text("The carrier says that")
+    await check_in_all_looks(visit, "streaming")
+    spoken.say("Yes: can I still change the address?", RuntimeError("told to fail"))
+    await expect(chat.retry_button).to_be_visible()
+    await check_in_all_looks(visit, "error")
     await visit.page.context.set_offline(True)
     await expect(visit.page.get_by_text("offline").first).to_be_visible()
-
-
-async def ended(visit: Visit, spoken: Spoken, pod: SpokenPod) -> None:
-    await answered(visit, spoken, pod)
-    session_id = await visit.page.evaluate("JSON.stringify(localStorage).match(/session_\\d+_[0-9a-z]+/)[0]")
-    await pod.client.post(f"/api/sessions/{session_id}/end")
+    await check_in_all_looks(visit, "offline")
+    await visit.page.context.set_offline(False)
+    await chat_pod.client.post(f"/api/sessions/{await session_of(visit.page)}/end")
     spoken.say("One more thing", "Sure, ask away.", None)
-    await visit.chat.say("One more thing")
-    await expect(visit.chat.log).to_contain_text("Sure, ask away.")
-
-
-STAGES: dict[str, Stage] = {
-    "closed": closed,
-    "open": opened,
-    "waiting": waiting,
-    "streaming": streaming,
-    "answered": answered,
-    "error": failed,
-    "offline": offline,
-    "ended": ended,
-}
-
-
-def complaints(found: dict[str, Any]) -> list[str]:
-    """What axe-core found wrong, with the places."""
-    return [
-        f"{one['id']} ({one['impact']}): {one['help']}: {node['html'][:200]} {node['failureSummary']}"
-        for one in found["violations"]
-        for node in one["nodes"]
-    ]
-
-
-async def check(visit: Visit) -> None:
-    """No violations, best practices included."""
-    assert complaints((await Axe().run(visit.page)).response) == []
-
-
-@pytest.mark.parametrize("stage", STAGES.values(), ids=STAGES.keys())
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", [DESKTOP, PHONE], ids=["desktop", "phone"])
-async def test_axe_finds_nothing(
-    visitors: Visitors, shop: str, spoken: Spoken, chat_pod: SpokenPod, stage: Stage, scheme: Scheme, size: dict[str, int]
-) -> None:
-    visit = await visitors.go(shop, scheme=scheme, size=size)
-    await stage(visit, spoken, chat_pod)
-    await visit.shoot(f"{stage.__name__}-{'phone' if size is PHONE else 'desktop'}-{scheme}")
-    await check(visit)
+    await chat.say("One more thing")
+    await expect(chat.saying("Sure, ask away.")).to_be_visible()
+    await check_in_all_looks(visit, "ended")
+    await chat.new_button.click()
+    await check_in_all_looks(visit, "question")
+    await visit.page.get_by_role("button", name="Keep this one").click()
+    await chat.say("And now?")
+    await spoken.has_started("And now?")
+    await chat.box.press("Escape")
+    spoken.say("And now?", "It is there.", None)
+    await expect(chat.launcher).to_contain_text("1")
+    await check_in_all_looks(visit, "unread")
 
 
 async def test_with_the_keyboard_alone(visitors: Visitors, shop: str, spoken: Spoken) -> None:
@@ -178,7 +121,10 @@ async def test_stop_and_retry_keep_the_focus_in_the_chat(visitors: Visitors, sho
 
 async def test_a_screen_reader_is_told_an_answer_once(visitors: Visitors, shop: str, spoken: Spoken) -> None:
     """A live region that changes with each piece would be read again and again: it is told when the answer is whole."""
-    visit = await visitors.go(shop)
+    await reads_out_once(await visitors.go(shop), spoken)
+
+
+async def reads_out_once(visit: Visit, spoken: Spoken) -> None:
     await visit.chat.open()
     await visit.page.evaluate("""() => {
       window.heard = [];
@@ -214,22 +160,40 @@ async def test_a_screen_reader_is_told_an_answer_once(visitors: Visitors, shop: 
 async def test_from_right_to_left(visitors: Visitors, sites: Sites, gateway: str, spoken: Spoken) -> None:
     line = tag(gateway, title="دردشة", open="true")
     visit = await visitors.go(sites.put(document(TEXT + line, language='lang="ar" dir="rtl"')))
-    await expect(visit.chat.box).to_be_visible()
-    spoken.say("مرحبا", "أهلا وسهلا", None)
-    await visit.chat.say("مرحبا")
-    await expect(visit.chat.saying("أهلا وسهلا")).to_be_visible()
-    mine, theirs = [await visit.chat.saying(text).bounding_box() for text in ("مرحبا", "أهلا وسهلا")]
-    assert mine and theirs
-    assert mine["x"] < theirs["x"], "the visitor's own messages are at the end of the line: on the left"
+    log, box = visit.page.get_by_role("log"), visit.page.get_by_role("textbox")
+    await expect(box).to_be_visible()
+    for message, answer in (("مرحبا", "أهلا وسهلا"), ("Hello", "Good morning")):
+        spoken.say(message, answer, None)
+        await box.fill(message)
+        await box.press("Enter")
+        await expect(log.get_by_text(answer, exact=True)).to_be_visible()
+        mine, theirs = [await log.get_by_text(text, exact=True).bounding_box() for text in (message, answer)]
+        assert mine
+        assert theirs
+        assert mine["x"] < theirs["x"], "the visitor's own messages are at the end of the line: on the left"
+    assert await box.evaluate("(box) => getComputedStyle(box).direction") == "rtl", "and so is the placeholder"
+    # The corner that points to the speaker is at the speaker's side, in whatever language it is said.
+    corners = await log.evaluate("""(log) => [...log.querySelectorAll('.text')].map((one) => {
+      const { borderBottomLeftRadius: left, borderBottomRightRadius: right } = getComputedStyle(one);
+      return [one.parentElement.classList.contains('user'), parseFloat(left) < parseFloat(right)];
+    })""")
+    assert len(corners) == 5
+    assert all(user == left for user, left in corners), corners
     await visit.shoot("right-to-left")
     await check(visit)
 
 
-async def test_a_screen_of_320_pixels(visitors: Visitors, shop: str, spoken: Spoken, chat_pod: SpokenPod) -> None:
+async def test_a_screen_of_320_pixels(visitors: Visitors, shop: str, spoken: Spoken) -> None:
     visit = await visitors.go(shop, size={"width": 320, "height": 568})
-    await failed(visit, spoken, chat_pod)
-    await visit.shoot("small-screen")
     chat = visit.chat
+    await chat.open()
+    await chat.say("Where is my parcel?")
+    spoken.say("Where is my parcel?", ANSWER, None)
+    await expect(chat.log).to_contain_text("Is there anything else?")
+    await chat.say("And the second one?")
+    spoken.say("And the second one?", RuntimeError("told to fail"))
+    await expect(chat.retry_button).to_be_visible()
+    await visit.shoot("small-screen")
     for part in (chat.panel, chat.box, chat.send_button, chat.close_button.first, chat.new_button):
         place = await part.bounding_box()
         assert place is not None
@@ -266,7 +230,7 @@ async def test_the_transcript_that_failed_to_load_can_be_asked_for_again(
 
     await visit.page.route("**/api/sessions/**", refuse)
     await visit.page.reload()
-    await visit.chat.show()
+    await visit.chat.reappear()
     await visit.page.unroute("**/api/sessions/**")
     again = visit.page.get_by_role("button", name="again")
     await expect(again.or_(visit.chat.saying("Good morning"))).to_be_visible()

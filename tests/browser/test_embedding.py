@@ -17,6 +17,11 @@ RUDE = """<style>
   div, section, button, textarea { display: none !important; margin: 50px !important; opacity: .5 !important; }
   :root { --accent: red; --paper: red; direction: rtl; }
 </style>"""
+HOLD_IDLE = """
+  const waiting = [];
+  window.requestIdleCallback = (work) => waiting.push(work);
+  window.becomeIdle = () => waiting.splice(0).forEach((work) => work({didTimeout: false, timeRemaining: () => 50}));
+"""
 STYLES = """(box) => {
   const found = {};
   const style = getComputedStyle(box);
@@ -41,7 +46,7 @@ async def test_two_sites_on_one_gateway_are_apart(visitors: Visitors, sites: Sit
     assert stored[0] != stored[1]
     for visit, own, other in ((shop, "shop", "garden"), (garden, "garden", "shop")):
         await visit.page.reload()
-        await visit.chat.show()
+        await visit.chat.reappear()
         await expect(visit.chat.saying(f"Answer from the {own}")).to_be_visible()
         await expect(visit.chat.saying(f"Answer from the {other}")).to_have_count(0)
 
@@ -60,7 +65,7 @@ async def test_the_id_of_one_sites_session_opens_nothing_on_another(
     thief = await visitor.go(sites.put(page, host="garden.test"))
     await thief.page.evaluate("(stored) => Object.assign(localStorage, stored)", stored)
     await thief.page.reload()
-    await thief.chat.show()
+    await thief.chat.open()
     spoken.say("Mine", "Another one", None)
     await thief.chat.say("Mine")
     await expect(thief.chat.saying("Another one").or_(thief.chat.retry_button)).to_be_visible()
@@ -71,8 +76,8 @@ async def test_the_id_of_one_sites_session_opens_nothing_on_another(
 async def test_a_site_that_is_not_allowed_gets_no_chat_and_a_clear_line(
     visitors: Visitors, sites: Sites, gateway: str, put_agent: PutAgent
 ) -> None:
-    await put_agent("shop", graph="spoken", allowed_domains=["shop.test"])
-    page = document(TEXT + tag(gateway))
+    await put_agent("choosy", graph="spoken", allowed_domains=["shop.test"])
+    page = document(TEXT + tag(gateway, agent="choosy"))
     welcome = await visitors.go(sites.put(page))
     await expect(welcome.chat.launcher).to_be_visible()
     other = await visitors.come()
@@ -81,7 +86,7 @@ async def test_a_site_that_is_not_allowed_gets_no_chat_and_a_clear_line(
         await visit.page.goto(sites.put(page, host="garden.test"))
     line = await found.value
     assert line.type in ("error", "warning")
-    assert "shop" in line.text
+    assert "choosy" in line.text
     assert "allowed_domains" in line.text
     await expect(visit.chat.launcher).to_have_count(0)
     assert visit.errors == []
@@ -99,7 +104,9 @@ async def test_an_agent_that_does_not_exist_gets_no_chat_and_a_clear_line(
 async def test_the_pages_styles_do_not_reach_the_chat(visitors: Visitors, sites: Sites, gateway: str) -> None:
     looks: list[Any] = []
     for head in ("", RUDE):
-        visit = await visitors.go(sites.put(document(TEXT + tag(gateway, open="true"), head=head)))
+        # Without transitions, which would be looked at midway.
+        page = sites.put(document(TEXT + tag(gateway, open="true"), head=head))
+        visit = await visitors.go(page, reduced_motion="reduce")
         await expect(visit.chat.box).to_be_visible()
         looks.append([await part.evaluate(STYLES) for part in (visit.chat.box, visit.chat.log, visit.chat.send_button)])
     assert looks[0] == looks[1]
@@ -172,13 +179,8 @@ async def test_all_that_is_loaded_is_at_most_30_kb(visitors: Visitors, sites: Si
 
 
 async def test_nothing_is_done_before_the_page_is_idle(visitors: Visitors, sites: Sites, gateway: str) -> None:
-    hold = """
-      const waiting = [];
-      window.requestIdleCallback = (work) => waiting.push(work);
-      window.becomeIdle = () => waiting.splice(0).forEach((work) => work({didTimeout: false, timeRemaining: () => 50}));
-    """
     visitor = await visitors.come()
-    await visitor.context.add_init_script(hold)
+    await visitor.context.add_init_script(HOLD_IDLE)
     visit = await visitor.go(sites.put(document(TEXT + tag(gateway))))
     await visit.page.wait_for_load_state("load")
     await visit.page.wait_for_load_state("networkidle")

@@ -5,24 +5,17 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Page, Route, expect
+from playwright.async_api import Route, expect
 
-from gateway.app import Stores
 from gateway.settings import Settings
 from tests.browser.sites import TEXT, Sites, document, tag
-from tests.browser.visits import Chat, Visit, Visitors
+from tests.browser.visits import Chat, Visit, Visitors, session_of
 from tests.conftest import PutAgent
 from tests.support.balancer import balancer_before
 from tests.support.pods import gateway_process
 from tests.support.spoken import Spoken, SpokenPod
 
 LEASE_S = 2
-
-
-async def session_of(page: Page) -> str:
-    """The session id that the page's site has stored."""
-    found: str = await page.evaluate("Object.values(localStorage).join(' ').match(/session_\\d+_[0-9a-z]+/)[0]")
-    return found
 
 
 async def begin(visit: Visit, spoken: Spoken, message: str = "Hello", piece: str = "Good ") -> Chat:
@@ -69,7 +62,7 @@ async def test_a_reload_in_mid_stream_goes_on_and_ends_right(
     await begin(visit, spoken)
     await visit.page.reload()
     chat = visit.chat
-    await chat.show()
+    await chat.reappear()
     await expect(chat.saying("Hello")).to_have_count(1)
     await expect(chat.saying("Good")).to_have_count(1)
     spoken.say("Hello", "morning", None)
@@ -79,7 +72,7 @@ async def test_a_reload_in_mid_stream_goes_on_and_ends_right(
     assert spoken.started == ["Hello"]
     # And once more when all is over.
     await visit.page.reload()
-    await chat.show()
+    await chat.reappear()
     await expect(chat.saying("Good morning")).to_have_count(1)
     await expect(chat.saying("Hello")).to_have_count(1)
 
@@ -121,22 +114,20 @@ async def test_a_new_conversation_in_one_tab_is_one_in_the_other(visitors: Visit
 
 
 async def test_a_pod_killed_in_mid_stream_is_a_retry_that_succeeds(
-    visitors: Visitors, sites: Sites, settings: Settings, stores: Stores, put_agent: PutAgent, tmp_path: Path
+    visitors: Visitors, sites: Sites, settings: Settings, chat_pod: SpokenPod, put_agent: PutAgent, tmp_path: Path
 ) -> None:
-    await put_agent("shop", config={"delay_ms": 4_000, "chunks": 8})
-    lease = {"GATEWAY_LEASE_S": str(LEASE_S)}
+    await put_agent("slow", config={"delay_ms": 3_000, "chunks": 8})
     async with (
-        gateway_process("serve", settings, tmp_path, **lease) as victim,
-        gateway_process("serve", settings, tmp_path, **lease) as other,
+        gateway_process("serve", settings, tmp_path, GATEWAY_LEASE_S=str(LEASE_S)) as victim,
         balancer_before(victim.port) as balancer,
     ):
         gateway = balancer.url.replace("127.0.0.1", "gateway.test")
-        visit = await visitors.go(sites.put(document(TEXT + tag(gateway))))
+        visit = await visitors.go(sites.put(document(TEXT + tag(gateway, agent="slow"))))
         chat = visit.chat
         await chat.open()
         await chat.say("Where is my parcel, please?")
         await expect(chat.log).to_contain_text("You said")
-        balancer.send_to(other.port)
+        balancer.send_to(chat_pod.client.base_url.port or 0)
         victim.kill()
         await expect(chat.saying("You said: Where is my parcel, please?").or_(chat.retry_button)).to_be_visible(
             timeout=20_000
@@ -149,10 +140,7 @@ async def test_a_pod_killed_in_mid_stream_is_a_retry_that_succeeds(
         posted = visit.posted("/stream")
         assert len(posted) > 1
         assert len({body["message_id"] for body in posted}) == 1
-        answer = await (
-            await visit.page.request.get(f"{other.url}/api/sessions/{await session_of(visit.page)}/messages")
-        ).json()
-    said = [message["content"] for message in answer["messages"]]
+        said = await chat_pod.transcript(await session_of(visit.page))
     assert said == ["Where is my parcel, please?", "You said: Where is my parcel, please?"]
 
 
@@ -166,7 +154,7 @@ async def test_a_message_is_sent_again_under_the_same_id(
 
     async def cut_the_line(route: Route) -> None:
         nonlocal cut
-        if route.request.method != "POST" or cut >= 3:
+        if route.request.method != "POST" or cut >= 2:
             await route.fallback()
             return
         cut += 1
@@ -221,9 +209,11 @@ async def test_a_message_written_offline_is_sent_when_the_line_is_back(
     assert spoken.started == ["Hello"]
 
 
-async def test_retry_after_is_honoured(visitors: Visitors, shop: str, spoken: Spoken, put_agent: PutAgent) -> None:
-    await put_agent("shop", graph="spoken", rate_limit={"messages": 1, "per_s": 3})
-    visit = await visitors.go(shop)
+async def test_retry_after_is_honoured(
+    visitors: Visitors, sites: Sites, gateway: str, spoken: Spoken, put_agent: PutAgent
+) -> None:
+    await put_agent("patient", graph="spoken", rate_limit={"messages": 1, "per_s": 2})
+    visit = await visitors.go(sites.put(document(TEXT + tag(gateway, agent="patient"))))
     spoken.say("One", "First", None)
     spoken.say("Two", "Second", None)
     await visit.chat.open()

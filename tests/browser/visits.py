@@ -5,13 +5,19 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from playwright.async_api import Browser, BrowserContext, Locator, Page, Request, expect
+from playwright.async_api import Browser, BrowserContext, Locator, Page, Request
 
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
 
 Scheme = Literal["light", "dark"]
+
+
+async def session_of(page: Page) -> str:
+    """The session id that the page's site has stored."""
+    found: str = await page.evaluate("Object.values(localStorage).join(' ').match(/session_\\d+_[0-9a-z]+/)[0]")
+    return found
 
 
 class Chat:
@@ -33,11 +39,9 @@ class Chat:
         await self.launcher.click()
         await self.box.wait_for()
 
-    async def show(self) -> None:
-        """Opens it, unless it has opened by itself as it was before."""
-        await expect(self.launcher.or_(self.panel).first).to_be_visible()
-        if not await self.box.is_visible():
-            await self.open()
+    async def reappear(self) -> None:
+        """Waits until it has opened by itself, as it was on the page before."""
+        await self.box.wait_for()
 
     async def say(self, text: str) -> None:
         """Writes a message and sends it, as with the keyboard."""
@@ -47,7 +51,7 @@ class Chat:
     async def begin_anew(self) -> None:
         """Ends the conversation."""
         await self.new_button.click()
-        await self.page.get_by_role("button", name="Begin anew").click()
+        await self.page.get_by_role("button", name="Start a new one").click()
 
     def saying(self, text: str) -> Locator:
         """What in the log says exactly this, by whomever."""
@@ -76,7 +80,10 @@ class Visit:
         return [one.post_data_json or {} for one in posted]
 
     async def shoot(self, name: str, *, whole: bool = False) -> None:
-        """A screenshot for people to look at."""
+        """A screenshot for people to look at, once what comes in has come."""
+        await self.page.evaluate("""() => Promise.all([...document.querySelectorAll('*')].filter((one) => one.shadowRoot)
+          .flatMap((one) => one.shadowRoot.getAnimations()).filter((one) => one.effect.getTiming().iterations !== Infinity)
+          .map((one) => one.finished.catch(() => {})))""")
         await self.page.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled", full_page=whole)
 
 

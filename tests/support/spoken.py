@@ -66,6 +66,7 @@ class Spoken:
         self.cancelled: list[str] = []
         self._pieces: defaultdict[str, asyncio.Queue[Piece]] = defaultdict(asyncio.Queue)
         self._over = False
+        self._running = 0
 
     def say(self, message: str, *pieces: Piece) -> None:
         """Lets the turn of a message stream these pieces."""
@@ -82,12 +83,21 @@ class Spoken:
         self._over = True
         self.end(*self._pieces)
 
+    async def begin_anew(self) -> None:
+        """Ends every turn, waits for their ends, and forgets all of them."""
+        self.give_up()
+        await wait_for(lambda: self._running == 0, "the turns end")
+        self._over = False
+        for what in (self.started, self.cancelled, self._pieces):
+            what.clear()
+
     async def has_started(self, message: str, times: int = 1) -> None:
         await wait_for(lambda: self.started.count(message) >= times, f"the turn of {message!r} starts")
 
     async def _answer(self, state: EchoState) -> EchoState:
         message = state["user_input"]
         self.started.append(message)
+        self._running += 1
         pieces = self._pieces[message]
         if self._over:
             pieces.put_nowait(None)
@@ -96,6 +106,8 @@ class Spoken:
         except asyncio.CancelledError:
             self.cancelled.append(message)
             raise
+        finally:
+            self._running -= 1
         text = str(answer.text)
         return {"agent_response": text or f"Answer to {message}", "metadata": {"history": len(state["messages"]) - 1}}
 
