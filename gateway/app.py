@@ -24,7 +24,7 @@ from gateway.api.agents import AgentsApi
 from gateway.api.callers import Gatekeeper
 from gateway.api.chat import ChatApi
 from gateway.api.ops import OpsApi
-from gateway.api.rendering import on_http_exception, on_persistence_error, on_problem, on_unexpected
+from gateway.api.rendering import BodyBounds, on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
 from gateway.api.widget import WidgetApi
@@ -133,7 +133,7 @@ class Pod:
         keys = [key for key in (settings.secret_key, settings.secret_key_previous) if key]
         tokens = SessionTokens(keys, settings.token_ttl_s)
         gatekeeper = Gatekeeper(tokens, settings.admin_key)
-        max_body_bytes = settings.max_body_bytes
+        bounds = BodyBounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_metadata_bytes)
         table = endpoints(
             ChatApi(
                 stores.agents,
@@ -143,7 +143,7 @@ class Pod:
                 stores.logs,
                 gatekeeper,
                 self.limiter,
-                max_body_bytes=max_body_bytes,
+                bounds=bounds,
                 max_message_chars=settings.max_message_chars,
             ),
             SessionsApi(
@@ -155,9 +155,9 @@ class Pod:
                 gatekeeper,
                 tokens,
                 self.limiter,
-                max_body_bytes=max_body_bytes,
+                bounds=bounds,
             ),
-            AgentsApi(stores.agents, graphs, gatekeeper, max_body_bytes=max_body_bytes),
+            AgentsApi(stores.agents, graphs, gatekeeper, bounds=bounds),
             OpsApi(
                 partial(call, stores.client.ping),
                 stores.postgres.migrated_to,

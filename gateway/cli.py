@@ -18,6 +18,7 @@ import uvloop
 from gateway.api.agents import view
 from gateway.app import Pod, Stores, build_pod, build_worker, warn_if_not_migrated
 from gateway.dev import DevOptions, run_dev
+from gateway.http import http_protocol
 from gateway.logs import configure_logs
 from gateway.problems import Problem
 from gateway.runtime import GraphError
@@ -138,7 +139,7 @@ async def serve_pod(pod: Pod) -> None:
         pod.app,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=http_protocol(),
         ws="none",
         lifespan="on",
         access_log=False,

@@ -8,7 +8,16 @@ from starlette.responses import Response
 
 from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper
-from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
+from gateway.api.rendering import (
+    BodyBounds,
+    answer,
+    check_metadata,
+    check_text,
+    event_stream,
+    read_body,
+    read_cursor,
+    read_query,
+)
 from gateway.limits import AddressLimiter
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
 from gateway.runtime import AgentRuntime
@@ -95,7 +104,7 @@ class ChatApi:
         gatekeeper: Gatekeeper,
         limiter: AddressLimiter | None,
         *,
-        max_body_bytes: int,
+        bounds: BodyBounds,
         max_message_chars: int,
     ) -> None:
         self._agents = agents
@@ -105,7 +114,7 @@ class ChatApi:
         self._logs = logs
         self._gatekeeper = gatekeeper
         self._limiter = limiter
-        self._max_body_bytes = max_body_bytes
+        self._bounds = bounds
         self._max_message_chars = max_message_chars
         self._decoder = msgspec.json.Decoder(MessageBody)
         self._cancel_decoder = msgspec.json.Decoder(CancelBody)
@@ -136,7 +145,7 @@ class ChatApi:
 
     async def cancel(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/cancel"""
-        body = await read_body(request, self._cancel_decoder, self._max_body_bytes)
+        body = await read_body(request, self._cancel_decoder, self._bounds)
         access = await self._access(request, body.session_id)
         hot = existing(await self._history.find_session(body.session_id, access))
         if not hot.running or await self._logs.cancel(body.session_id, hot.running, access) is not True:
@@ -161,7 +170,7 @@ class ChatApi:
 
     async def _read(self, request: Request) -> tuple[Agent, TurnRequest]:
         """The agent and the message of a request that may be answered."""
-        body = await read_body(request, self._decoder, self._max_body_bytes)
+        body = await read_body(request, self._decoder, self._bounds)
         self._check(body)
         agent = await self._agents.load(request.path_params["agent_id"])
         if not agent.definition.active:
@@ -190,7 +199,7 @@ class ChatApi:
         if len(body.message) > self._max_message_chars:
             raise InvalidField(f"message: longer than {self._max_message_chars} characters", field="message")
         check_text(body.message, "message")
-        check_text(body.metadata, "metadata")
+        check_metadata(body.metadata, self._bounds)
         check_text(body.audio_url, "audio_url")
 
 

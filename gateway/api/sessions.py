@@ -12,7 +12,7 @@ from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper
-from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
+from gateway.api.rendering import BodyBounds, answer, check_metadata, event_stream, read_body, read_cursor, read_query
 from gateway.auth import SessionToken, SessionTokens
 from gateway.limits import AddressLimiter
 from gateway.problems import (
@@ -160,7 +160,7 @@ class SessionsApi:
         tokens: SessionTokens,
         limiter: AddressLimiter | None,
         *,
-        max_body_bytes: int,
+        bounds: BodyBounds,
     ) -> None:
         self._agents = agents
         self._store = store
@@ -170,13 +170,13 @@ class SessionsApi:
         self._gatekeeper = gatekeeper
         self._tokens = tokens
         self._limiter = limiter
-        self._max_body_bytes = max_body_bytes
+        self._bounds = bounds
         self._decoder = msgspec.json.Decoder(OpenBody)
 
     async def open(self, request: Request) -> Response:
         """POST /api/sessions"""
-        body = await read_body(request, self._decoder, self._max_body_bytes)
-        check_text(body.metadata, "metadata")
+        body = await read_body(request, self._decoder, self._bounds)
+        check_metadata(body.metadata, self._bounds)
         agent = await self._agents.load(body.agent_id)
         definition = agent.definition
         if not definition.active:
