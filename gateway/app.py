@@ -14,9 +14,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from gateway import __version__
 from gateway.agents import Agents
@@ -24,6 +22,7 @@ from gateway.api.agents import AgentsApi
 from gateway.api.callers import Gatekeeper
 from gateway.api.chat import ChatApi
 from gateway.api.ops import OpsApi
+from gateway.api.reference import ReferenceApi
 from gateway.api.rendering import BodyBounds, on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
@@ -33,6 +32,7 @@ from gateway.limits import AddressLimiter
 from gateway.metrics import Metrics
 from gateway.openapi import openapi_document
 from gateway.problems import Problem
+from gateway.reference_page import SCRIPT, STYLE, reference_page
 from gateway.runtime import AgentRuntime, Graphs, load_graphs
 from gateway.settings import Settings
 from gateway.streams import Streams
@@ -134,6 +134,7 @@ class Pod:
         tokens = SessionTokens(keys, settings.token_ttl_s)
         gatekeeper = Gatekeeper(tokens, settings.admin_key)
         bounds = BodyBounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_metadata_bytes)
+        reference = ReferenceApi()
         table = endpoints(
             ChatApi(
                 stores.agents,
@@ -167,14 +168,12 @@ class Pod:
                 self.metrics,
             ),
             WidgetApi(),
+            reference,
         )
-        document = msgspec.json.encode(openapi_document(table, __version__))
-
-        async def openapi(request: Request) -> Response:
-            return Response(document, media_type="application/json")
-
+        document = openapi_document(table, __version__)
+        reference.publish(msgspec.json.encode(document), reference_page(document), STYLE, SCRIPT)
         return Starlette(
-            routes=[*routes(table), Route("/openapi.json", openapi), *extra_routes],
+            routes=[*routes(table), *extra_routes],
             middleware=[
                 # Websites call from anywhere; no cookie is ever read, and who may use an agent its allowed_domains say.
                 Middleware(
