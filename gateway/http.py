@@ -9,6 +9,7 @@ whatever comes in that is not answered by the application is answered by a probl
 """
 
 import asyncio
+import logging
 from http import HTTPStatus
 from typing import Any, NoReturn
 
@@ -18,6 +19,11 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from gateway.api.rendering import encode_problem, problem_headers
 from gateway.problems import HeadTooLarge, HeadTooSlow, InvalidRequest, Problem, UriTooLong
+
+
+# uvicorn warns of each request that it cannot read: anybody could fill the log.
+_logger = logging.getLogger("uvicorn.error.connection")
+_logger.setLevel(logging.ERROR)
 
 
 class Bounds(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +55,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        self.logger = _logger
         self._in_head = False
         self._in_body = False
         # Bytes of a head, or of what stands between the parts of a body, that came without completing anything.
