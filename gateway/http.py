@@ -20,7 +20,6 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from gateway.api.rendering import encode_problem, problem_headers
 from gateway.problems import HeadTooLarge, HeadTooSlow, InvalidRequest, Problem, UriTooLong
 
-
 # uvicorn warns of each request that it cannot read: anybody could fill the log.
 _logger = logging.getLogger("uvicorn.error.connection")
 _logger.setLevel(logging.ERROR)
@@ -132,8 +131,8 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
-        self._in_head, self._in_body, self._idle_bytes = False, True, 0
         super().on_headers_complete()
+        self._in_head, self._in_body, self._idle_bytes = False, True, 0
 
     def on_body(self, body: bytes) -> None:
         self._idle_bytes = 0

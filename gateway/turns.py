@@ -9,6 +9,7 @@ A turn belongs to the application, not to the request that asked for it: a visit
 
 import asyncio
 import random
+import re
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from time import monotonic
@@ -68,6 +69,7 @@ TRY_AGAIN_S = 0.2
 ABORT_WAIT_S = 0.1
 MAX_INT = 2**31 - 1
 MAX_OUTPUT_DEPTH = 64
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 SessionId = Annotated[str, msgspec.Meta(min_length=16, max_length=255, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
 MessageId = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
@@ -642,7 +644,7 @@ def _storable(output: GraphOutput) -> GraphOutput:
 
 def storable_text(text: str) -> str:
     """Text with U+FFFD in place of NUL and lone surrogates."""
-    return text.replace("\0", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return _UNSTORABLE.sub("\ufffd", text)
 
 
 def storable_value(value: Any) -> Any:

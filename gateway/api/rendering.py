@@ -274,6 +274,7 @@ def invalid_field(error: msgspec.ValidationError) -> InvalidField:
     """The problem that names the field of a validation error."""
     match = _FIELD.match(str(error))
     what, where = (match["what"], match["where"] or "") if match else (str(error), "")
+    where = re.sub(r"\[(\d+)\]", r".\1", where.replace("[...]", ""))
     named = re.search(r"field `([^`]+)`", what)
     field = ".".join(part for part in (where.lstrip("."), named[1] if named else "") if part) or "body"
     return InvalidField(f"{field}: {what[0].lower()}{what[1:]}", field=field)
