@@ -50,7 +50,8 @@ class BodyBounds(msgspec.Struct, frozen=True):
 
 
 class ProblemDocument(msgspec.Struct, omit_defaults=True):
-    """An error, after RFC 9457. `retry_after` is in seconds, `field` names what is wrong with the request."""
+    """An error, after RFC 9457. `code` is for programs; `retryable` when the same request may do better later, after
+    `retry_after` seconds; `field` names what is wrong with the request."""
 
     type: str
     title: str
