@@ -10,7 +10,7 @@ from gateway.api.rendering import ProblemDocument
 from gateway.api.routes import EVENT_STREAM, Endpoint
 from gateway.problems import Problem
 from gateway.streams import TERMINAL
-from gateway.turns import AttachedElsewhere, MessageId, SessionId
+from gateway.turns import AttachedElsewhere, SessionId
 
 TITLES = {
     400: "The request or its body cannot be read",
@@ -47,7 +47,7 @@ PATH_PARAMETERS: dict[str, dict[str, Any]] = {
 HEADER_PARAMETERS: dict[str, dict[str, Any]] = {
     "Idempotency-Key": {
         "description": "Stands for `message_id` where the body has none: makes a retry safe",
-        "schema": msgspec.json.schema(MessageId),
+        "schema": {"type": "string", "pattern": '^(?:[A-Za-z0-9_.:-]{1,128}|"[A-Za-z0-9_.:-]{1,128}")$'},
     },
     "Last-Event-ID": {
         "description": "The id of the last event that was received; the stream goes on behind it",

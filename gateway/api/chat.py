@@ -172,6 +172,7 @@ class ChatApi:
         """The agent and the message of a request that may be answered."""
         body = await read_body(request, self._decoder, self._bounds)
         self._check(body)
+        key = _idempotency_key(request)
         agent = await self._agents.load(request.path_params["agent_id"])
         if not agent.definition.active:
             raise AgentInactive
@@ -184,7 +185,7 @@ class ChatApi:
             session_id=body.session_id,
             message=body.message,
             metadata=body.metadata,
-            message_id=body.message_id or _idempotency_key(request),
+            message_id=body.message_id or key,
             channel=body.channel,
             audio_url=body.audio_url,
             audio_duration_ms=body.audio_duration_ms,
@@ -204,11 +205,11 @@ class ChatApi:
 
 
 def _idempotency_key(request: Request) -> str:
-    """The Idempotency-Key header, which stands for a message_id in the body."""
-    key = request.headers.get("idempotency-key", "").strip('"')
-    if not key:
+    """The Idempotency-Key header, bare or quoted, which stands for a message_id in the body."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
         return ""
     try:
-        return msgspec.convert(key, MessageId)
+        return msgspec.convert(key[1:-1] if len(key) > 2 and key[0] == key[-1] == '"' else key, MessageId)
     except msgspec.ValidationError as error:
         raise InvalidField("Idempotency-Key: 1 to 128 of A-Z a-z 0-9 _ . : -", field="Idempotency-Key") from error

@@ -19,7 +19,7 @@ from tests.support.serving import ADMIN_KEY
 from tests.support.visiting import Flush, say
 
 CASES = 2_000
-EXAMPLES = 60
+EXAMPLES = 66
 SEED = 20_260_101
 UNREACHED = {"POST /api/chat/{agent_id}/cancel"}
 """Calls that only an hour's luck would have answered: no turn runs long enough to be cancelled."""
