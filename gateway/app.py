@@ -13,9 +13,7 @@ import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute
 
 from gateway import __version__
 from gateway.admin import AdminDoor, AdminKeys
@@ -26,7 +24,8 @@ from gateway.api.chat import ChatApi
 from gateway.api.cors import Cors
 from gateway.api.headers import SafeHeaders
 from gateway.api.ops import OpsApi
-from gateway.api.rendering import on_http_exception, on_persistence_error, on_problem, on_unexpected
+from gateway.api.reference import ReferenceApi
+from gateway.api.rendering import BodyBounds, on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
 from gateway.api.widget import WidgetApi
@@ -37,6 +36,7 @@ from gateway.open_streams import OpenStreams
 from gateway.openapi import openapi_document
 from gateway.problems import Problem
 from gateway.proxies import ClientAddress
+from gateway.reference_page import SCRIPT, STYLE, reference_page
 from gateway.runtime import AgentRuntime, Graphs, load_graphs
 from gateway.settings import Settings
 from gateway.streams import Streams
@@ -147,7 +147,8 @@ class Pod:
         tokens = SessionTokens(keys, settings.token_ttl_s)
         admin_keys = AdminKeys(settings.admin_key, settings.admin_key_previous)
         gatekeeper = Gatekeeper(tokens, AdminDoor(admin_keys, plaintext=settings.admin_plaintext))
-        max_body_bytes = settings.max_body_bytes
+        bounds = BodyBounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_metadata_bytes)
+        reference = ReferenceApi()
         table = endpoints(
             ChatApi(
                 stores.agents,
@@ -158,7 +159,7 @@ class Pod:
                 gatekeeper,
                 self.limiter,
                 self.open_streams,
-                max_body_bytes=max_body_bytes,
+                bounds=bounds,
                 max_message_chars=settings.max_message_chars,
             ),
             SessionsApi(
@@ -171,9 +172,9 @@ class Pod:
                 tokens,
                 self.limiter,
                 self.open_streams,
-                max_body_bytes=max_body_bytes,
+                bounds=bounds,
             ),
-            AgentsApi(stores.agents, graphs, gatekeeper, max_body_bytes=max_body_bytes),
+            AgentsApi(stores.agents, graphs, gatekeeper, bounds=bounds),
             OpsApi(
                 partial(call, stores.client.ping),
                 stores.postgres.migrated_to,
@@ -183,14 +184,12 @@ class Pod:
                 self.metrics,
             ),
             WidgetApi(),
+            reference,
         )
-        document = msgspec.json.encode(openapi_document(table, __version__))
-
-        async def openapi(request: Request) -> Response:
-            return Response(document, media_type="application/json")
-
+        document = openapi_document(table, __version__)
+        reference.publish(msgspec.json.encode(document), reference_page(document), STYLE, SCRIPT)
         return Starlette(
-            routes=[*routes(table), Route("/openapi.json", openapi), *extra_routes],
+            routes=[*routes(table), *extra_routes],
             middleware=[
                 Middleware(ClientAddress, trusted=settings.trusted_networks),
                 Middleware(SafeHeaders),

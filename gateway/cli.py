@@ -19,6 +19,7 @@ from gateway.api.agents import put_audited, view
 from gateway.app import Pod, Stores, build_pod, build_worker, warn_if_not_migrated
 from gateway.audit import at_the_command_line, audited
 from gateway.dev import DevOptions, run_dev
+from gateway.http import http_protocol
 from gateway.logs import configure_logs, contain_errors
 from gateway.problems import Problem
 from gateway.runtime import GraphError
@@ -143,7 +144,7 @@ async def serve_pod(pod: Pod) -> None:
         pod.app,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=http_protocol(),
         ws="none",
         lifespan="on",
         access_log=False,

@@ -31,6 +31,10 @@ class Problem(Exception):
         self.headers = headers or {}
 
 
+class InvalidRequest(Problem):
+    status, code, title = 400, "invalid_request", "This is not an HTTP request that can be read"
+
+
 class InvalidJson(Problem):
     status, code, title = 400, "invalid_json", "The body is not JSON in UTF-8"
 
@@ -39,12 +43,28 @@ class InvalidField(Problem):
     status, code, title = 422, "invalid_field", "A field is missing or wrong"
 
 
+class HeadTooSlow(Problem):
+    status, code, title, retryable = 408, "head_too_slow", "The request's head came too slowly", True
+
+
+class BodyTooSlow(Problem):
+    status, code, title, retryable = 408, "body_too_slow", "The body came too slowly", True
+
+
 class BodyTooLarge(Problem):
     status, code, title = 413, "body_too_large", "The body is too large"
 
 
+class UriTooLong(Problem):
+    status, code, title = 414, "uri_too_long", "The address is too long"
+
+
 class UnsupportedMediaType(Problem):
-    status, code, title = 415, "unsupported_media_type", "The body's media type is not application/json"
+    status, code, title = 415, "unsupported_media_type", "The body is not application/json in UTF-8, as it is"
+
+
+class HeadTooLarge(Problem):
+    status, code, title = 431, "head_too_large", "The request's head is too large"
 
 
 class NotFound(Problem):

@@ -40,6 +40,7 @@ from gateway.turns import (
     TurnRequest,
     TurnResult,
     Turns,
+    storable_json,
     storable_text,
     storable_value,
 )
@@ -199,13 +200,20 @@ class Graphs:
                 output = await graph.ainvoke(state, config, context=context)
             else:
                 output = await _stream(graph, state, config, context, emit)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GraphInvalidOutput):
             raise
         except BaseException as error:
             # Whatever a graph raises ends its turn and nothing else; what it says may hold a visitor's words.
             log.error("graph.failed", graph=agent.definition.graph, error=type(error).__name__, frames=frames(error))
             raise GraphFailed from error
-        return _output(output, graph_input, {message.id for message in history} | {graph_input.message_uuid})
+        try:
+            return _output(output, graph_input, {message.id for message in history} | {graph_input.message_uuid})
+        except Exception as error:
+            if isinstance(error, GraphInvalidOutput):
+                raise
+            # What it left in its state can do anything when it is looked at.
+            log.error("graph.failed", graph=agent.definition.graph, error=type(error).__name__, frames=frames(error))
+            raise GraphInvalidOutput("what the graph left in its state cannot be read") from error
 
 
 async def _stream(graph: Pregel[Any, Any, Any, Any], state: Any, config: RunnableConfig, context: Any, emit: Emit) -> Any:
@@ -218,7 +226,7 @@ async def _stream(graph: Pregel[Any, Any, Any, Any], state: Any, config: Runnabl
             if not namespace:
                 output = part
         elif mode == "custom":
-            emit("custom", storable_value(part if isinstance(part, dict) else {"value": part}))
+            emit("custom", _storable_object(part if isinstance(part, dict) else {"value": part}, "a custom event"))
         elif isinstance(part[0], AIMessage) and part[0].text:
             emit("text.delta", {"text": storable_text(str(part[0].text))})
     return output
@@ -269,16 +277,21 @@ def _object(output: dict[str, Any], name: str) -> dict[str, Any] | None:
         return None
     if not isinstance(value, dict):
         raise GraphInvalidOutput(f"{name} is {type(value).__name__}, not a dict")
+    return _storable_object(value, name)
+
+
+def _storable_object(value: dict[Any, Any], what: str) -> dict[str, Any]:
     try:
-        # As it will be read again: what JSON cannot hold is found here, before anything is stored.
-        return msgspec.json.decode(msgspec.json.encode(storable_value(value)), type=dict[str, Any])
-    except (TypeError, ValueError, RecursionError) as error:
-        raise GraphInvalidOutput(f"{name} cannot be stored as JSON: {type(error).__name__}") from error
+        stored: dict[str, Any] = storable_json(value)
+    except ValueError as error:
+        raise GraphInvalidOutput(f"{what} cannot be stored: {error}") from error
+    return stored
 
 
 def _tokens(answers: list[AIMessage]) -> int | None:
-    used = [message.usage_metadata["total_tokens"] for message in answers if message.usage_metadata]
-    return sum(used) if used else None
+    used = [message.usage_metadata.get("total_tokens") for message in answers if message.usage_metadata]
+    counts = [count for count in used if isinstance(count, int)]
+    return sum(counts) if counts else None
 
 
 def _model(answers: list[AIMessage]) -> str | None:

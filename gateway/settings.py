@@ -76,6 +76,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Bytes of those records, likewise."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1_024, le=16_777_216)] = 262_144
     """Largest request body."""
+    body_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3_600)] = 20
+    """How long a request body may take to arrive."""
+    max_metadata_bytes: Annotated[int, msgspec.Meta(ge=2, le=16_777_216)] = 16_384
+    """Largest metadata of a message or a session, as JSON."""
     max_message_chars: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 32_000
     """Longest message of a visitor."""
     address_rate_limit: str = "600/60"

@@ -9,6 +9,7 @@ A turn belongs to the application, not to the request that asked for it: a visit
 
 import asyncio
 import random
+import re
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from time import monotonic
@@ -68,6 +69,8 @@ ASK_AGAIN_S = (0.02, 0.25)
 TRY_AGAIN_S = 0.2
 ABORT_WAIT_S = 0.1
 MAX_INT = 2**31 - 1
+MAX_OUTPUT_DEPTH = 64
+_UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 SessionId = Annotated[str, msgspec.Meta(min_length=16, max_length=255, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
 MessageId = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
@@ -728,7 +731,7 @@ def _storable(output: GraphOutput) -> GraphOutput:
 
 def storable_text(text: str) -> str:
     """Text with U+FFFD in place of NUL and lone surrogates."""
-    return text.replace("\0", "\ufffd").encode("utf-8", "surrogatepass").decode("utf-8", "replace")
+    return _UNSTORABLE.sub("\ufffd", text)
 
 
 def storable_value(value: Any) -> Any:
@@ -744,3 +747,23 @@ def storable_value(value: Any) -> Any:
             return [storable_value(item) for item in value]
         case _:
             return value
+
+
+def storable_json(value: Any) -> Any:
+    """The value as it will be read again, with every text in it made storable, and null for NaN and the infinities.
+
+    Raises ValueError for what JSON cannot hold or what is nested too deeply to be read everywhere.
+    """
+    try:
+        # Sets, dataclasses and the like become plain by being encoded, and only then show the text in them.
+        plain = storable_value(msgspec.json.decode(msgspec.json.encode(storable_value(value))))
+    except (TypeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ValueError(f"not JSON: {type(error).__name__}") from error
+    if _deeper(plain, MAX_OUTPUT_DEPTH):
+        raise ValueError(f"nested more than {MAX_OUTPUT_DEPTH} levels deep")
+    return plain
+
+
+def _deeper(value: Any, depth: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_deeper(item, depth - 1) for item in items)

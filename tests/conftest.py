@@ -36,7 +36,7 @@ share_ports(
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the test processes end at the same time."""
-    longest = ("faults/test_controls.py", "faults/", "")
+    longest = ("faults/test_controls.py", "fuzz/", "faults/", "")
     items.sort(key=lambda item: next(rank for rank, part in enumerate(longest) if part in item.nodeid))
 
 

@@ -6,7 +6,7 @@ from starlette.responses import Response
 
 from gateway.agents import Agents
 from gateway.api.callers import Gatekeeper
-from gateway.api.rendering import answer, check_text, read_body
+from gateway.api.rendering import BodyBounds, answer, check_text, read_body
 from gateway.audit import Operator, audited, changed
 from gateway.auth import fingerprint
 from gateway.runtime import Graphs
@@ -36,11 +36,11 @@ def view(agent: Agent) -> AgentAnswer:
 class AgentsApi:
     """The routes about agents."""
 
-    def __init__(self, agents: Agents, graphs: Graphs, gatekeeper: Gatekeeper, *, max_body_bytes: int) -> None:
+    def __init__(self, agents: Agents, graphs: Graphs, gatekeeper: Gatekeeper, *, bounds: BodyBounds) -> None:
         self._agents = agents
         self._graphs = graphs
         self._gatekeeper = gatekeeper
-        self._max_body_bytes = max_body_bytes
+        self._bounds = bounds
         self._decoder = msgspec.json.Decoder(AgentDefinition)
 
     async def list(self, request: Request) -> Response:
@@ -61,8 +61,9 @@ class AgentsApi:
     async def put(self, request: Request) -> Response:
         """PUT /api/agents/{agent_id}"""
         operator = self._gatekeeper.require_admin(request)
-        definition = await read_body(request, self._decoder, self._max_body_bytes)
-        check_text(definition.config, "config")
+        definition = await read_body(request, self._decoder, self._bounds)
+        for name in definition.__struct_fields__:
+            check_text(getattr(definition, name), name)
         self._graphs.check(definition)
         reference = request.path_params["agent_id"]
         agent, created = await put_audited(self._agents, reference, definition, operator)

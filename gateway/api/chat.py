@@ -9,7 +9,16 @@ from starlette.responses import Response
 
 from gateway.agents import Agents
 from gateway.api.callers import Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator
-from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
+from gateway.api.rendering import (
+    BodyBounds,
+    answer,
+    check_metadata,
+    check_text,
+    event_stream,
+    read_body,
+    read_cursor,
+    read_query,
+)
 from gateway.audit import audited
 from gateway.limits import Admission, Limiter
 from gateway.open_streams import OpenStreams
@@ -101,7 +110,7 @@ class ChatApi:
         limiter: Limiter,
         open_streams: OpenStreams,
         *,
-        max_body_bytes: int,
+        bounds: BodyBounds,
         max_message_chars: int,
     ) -> None:
         self._agents = agents
@@ -112,7 +121,7 @@ class ChatApi:
         self._gatekeeper = gatekeeper
         self._limiter = limiter
         self._open_streams = open_streams
-        self._max_body_bytes = max_body_bytes
+        self._bounds = bounds
         self._max_message_chars = max_message_chars
         self._decoder = msgspec.json.Decoder(MessageBody)
         self._cancel_decoder = msgspec.json.Decoder(CancelBody)
@@ -160,7 +169,7 @@ class ChatApi:
     async def cancel(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/cancel"""
         agent, caller = await self._enter(request)
-        body = await read_body(request, self._cancel_decoder, self._max_body_bytes)
+        body = await read_body(request, self._cancel_decoder, self._bounds)
         access = self._gatekeeper.access(caller, agent, body.session_id)
         with audited("turn_cancelled", known_operator(request), agent=agent.id, session=masked(body.session_id)):
             hot = existing(await self._history.find_session(body.session_id, access))
@@ -192,8 +201,9 @@ class ChatApi:
         """The agent and the message of a request that may be answered, once it has been charged to its limits."""
         agent, _ = await self._enter(request)
         self._limiter.check_address(address_of(request))
-        body = await read_body(request, self._decoder, self._max_body_bytes)
+        body = await read_body(request, self._decoder, self._bounds)
         self._check(body)
+        key = _idempotency_key(request)
         if not agent.definition.active:
             raise AgentInactive
         caller = Caller(request, body.metadata, body.user_token)
@@ -202,7 +212,7 @@ class ChatApi:
             session_id=body.session_id,
             message=body.message,
             metadata=body.metadata,
-            message_id=body.message_id or _idempotency_key(request),
+            message_id=body.message_id or key,
             channel=body.channel,
             audio_url=body.audio_url,
             audio_duration_ms=body.audio_duration_ms,
@@ -221,16 +231,16 @@ class ChatApi:
         if len(body.message) > self._max_message_chars:
             raise InvalidField(f"message: longer than {self._max_message_chars} characters", field="message")
         check_text(body.message, "message")
-        check_text(body.metadata, "metadata")
+        check_metadata(body.metadata, self._bounds)
         check_text(body.audio_url, "audio_url")
 
 
 def _idempotency_key(request: Request) -> str:
-    """The Idempotency-Key header, which stands for a message_id in the body."""
-    key = request.headers.get("idempotency-key", "").strip('"')
-    if not key:
+    """The Idempotency-Key header, bare or quoted, which stands for a message_id in the body."""
+    key = request.headers.get("idempotency-key")
+    if key is None:
         return ""
     try:
-        return msgspec.convert(key, MessageId)
+        return msgspec.convert(key[1:-1] if len(key) > 2 and key[0] == key[-1] == '"' else key, MessageId)
     except msgspec.ValidationError as error:
         raise InvalidField("Idempotency-Key: 1 to 128 of A-Z a-z 0-9 _ . : -", field="Idempotency-Key") from error

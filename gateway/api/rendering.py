@@ -1,8 +1,11 @@
 """Requests in, answers out: reading bodies and queries with their bounds, rendering answers and problems."""
 
+import asyncio
+import json
 import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 import msgspec
 import structlog
@@ -15,6 +18,7 @@ from uuid_utils.compat import uuid7
 from gateway.logs import frames
 from gateway.problems import (
     BodyTooLarge,
+    BodyTooSlow,
     InvalidField,
     InvalidJson,
     MethodNotAllowed,
@@ -31,13 +35,24 @@ log = structlog.get_logger()
 Body = TypeVar("Body")
 
 MAX_DEPTH = 64
+MAX_METADATA_DEPTH = 16
 _encoder = msgspec.json.Encoder()
 _FIELD = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*?)`)?$", re.DOTALL)
+_CHARSET = re.compile(r"charset\s*=\s*\"?([^\s\";]*)", re.IGNORECASE)
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
+class BodyBounds(msgspec.Struct, frozen=True):
+    """How large a body may be and how long it may take; how many bytes, as JSON, its metadata."""
+
+    max_bytes: int
+    timeout_s: float
+    max_metadata_bytes: int
+
+
 class ProblemDocument(msgspec.Struct, omit_defaults=True):
-    """An error, after RFC 9457. `retry_after` is in seconds, `field` names what is wrong with the request."""
+    """An error, after RFC 9457. `code` is for programs; `retryable` when the same request may do better later, after
+    `retry_after` seconds; `field` names what is wrong with the request."""
 
     type: str
     title: str
@@ -85,25 +100,40 @@ def read_cursor(request: Request) -> Cursor | None:
 
 
 def problem_response(problem: Problem, request: Request) -> Response:
+    """A problem as the answer to a request."""
+    body = encode_problem(problem, request_id(request))
+    return Response(body, problem.status, problem_headers(problem), "application/problem+json")
+
+
+def encode_problem(problem: Problem, request_id: str) -> bytes:
     """The one place where errors are rendered."""
-    retry_after = None if problem.retry_after_s is None else max(1, -int(-problem.retry_after_s // 1))
     document = ProblemDocument(
         type=f"urn:gateway:problem:{problem.code}",
         title=problem.title,
         status=problem.status,
         code=problem.code,
         detail=problem.detail or problem.title,
-        request_id=request_id(request),
+        request_id=request_id,
         retryable=problem.retryable,
-        retry_after=retry_after,
+        retry_after=_retry_after(problem),
         field=problem.field,
     )
+    return _encoder.encode(document)
+
+
+def problem_headers(problem: Problem) -> dict[str, str]:
+    """The headers that go with a problem, its media type apart."""
     headers = {**NO_STORE, **problem.headers}
+    retry_after = _retry_after(problem)
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
     if problem.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    return Response(_encoder.encode(document), problem.status, headers, "application/problem+json")
+    return headers
+
+
+def _retry_after(problem: Problem) -> int | None:
+    return None if problem.retry_after_s is None else max(1, -int(-problem.retry_after_s // 1))
 
 
 def request_id(request: Request) -> str:
@@ -144,42 +174,117 @@ async def on_unexpected(request: Request, error: Exception) -> Response:
     return problem_response(Problem(), request)
 
 
-async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]", limit_bytes: int) -> Body:
+async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]", bounds: BodyBounds) -> Body:
     """The JSON body as the decoder's type. Raises the Problem that tells what is wrong with it."""
-    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if media_type != "application/json":
-        raise UnsupportedMediaType(f"Content-Type is {media_type or 'missing'}")
-    length = request.headers.get("content-length", "")
-    if length.isdigit() and int(length) > limit_bytes:
-        raise BodyTooLarge(f"at most {limit_bytes} bytes")
-    chunks, size = [], 0
+    _check_media_type(request)
+    raw = await _read_bytes(request, bounds)
     try:
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit_bytes:
-                raise BodyTooLarge(f"at most {limit_bytes} bytes")
-            chunks.append(chunk)
-    except ClientDisconnect as error:
-        raise InvalidJson("the body is incomplete") from error
-    try:
-        return decoder.decode(b"".join(chunks))
+        body = decoder.decode(raw)
+        if _may_repeat_names(raw):
+            _check_names(raw)
     except msgspec.ValidationError as error:
         raise invalid_field(error) from error
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidJson(str(error)) from error
+    return body
+
+
+def _check_media_type(request: Request) -> None:
+    given = request.headers.get("content-type", "")
+    media_type, _, parameters = given.partition(";")
+    media_type = media_type.strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaType(f"Content-Type is {media_type or 'missing'}")
+    charset = _CHARSET.search(parameters) if parameters else None
+    if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
+        raise UnsupportedMediaType(f"charset is {charset[1]}, not utf-8")
+    encoding = request.headers.get("content-encoding")
+    if encoding is not None and encoding.strip().lower() not in ("", "identity"):
+        raise UnsupportedMediaType("Content-Encoding: bodies are taken as they are, without compression")
+
+
+async def _read_bytes(request: Request, bounds: BodyBounds) -> bytes:
+    length = request.headers.get("content-length", "")
+    if length.isdigit() and (len(length) > 18 or int(length) > bounds.max_bytes):
+        raise BodyTooLarge(f"at most {bounds.max_bytes} bytes")
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(bounds.timeout_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > bounds.max_bytes:
+                    raise BodyTooLarge(f"at most {bounds.max_bytes} bytes")
+                chunks.append(chunk)
+    except ClientDisconnect as error:
+        raise InvalidJson("the body is incomplete") from error
+    except TimeoutError as error:
+        raise BodyTooSlow(f"more than {bounds.timeout_s:g} s") from error
+    return b"".join(chunks)
+
+
+def _may_repeat_names(raw: bytes) -> bool:
+    """Whether JSON may have an object with the same name twice, of which decoders take one, each its own. Encoded anew it
+    lacks the other: without escapes, a colon is in the one text exactly when it is in the other."""
+    return b"\\u" in raw or raw.count(b":") != _encoder.encode(msgspec.json.decode(raw)).count(b":")
+
+
+def _check_names(raw: bytes) -> None:
+    """Raises InvalidField, with the path of the second of two equal names."""
+    repeats: list[tuple[Any, str]] = []
+
+    def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        built = dict(pairs)
+        if len(built) != len(pairs):
+            names = [name for name, _ in pairs]
+            repeats.append((built, next(name for name in names if names.count(name) > 1)))
+        return built
+
+    document = json.loads(raw, object_pairs_hook=build, parse_int=float)
+    if repeats:
+        # The last is the outermost, and part of what was built if anything is.
+        where, name = repeats[-1]
+        field = ".".join([*(_path(document, where) or []), name])
+        raise InvalidField(f"{field}: given twice", field=field)
+
+
+def _path(value: Any, wanted: Any) -> list[str] | None:
+    """Where in a JSON value the very object is that is wanted."""
+    if value is wanted:
+        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        found = _path(item, wanted)
+        if found is not None:
+            return [str(name), *found]
+    return None
 
 
 def read_query(request: Request, kind: type[Body]) -> Body:
-    """The query as a Struct. Raises InvalidField."""
+    """The query as a Struct. Raises InvalidField, also for what is given twice and for what is not UTF-8."""
+    values: dict[str, str] = {}
+    for part in request.scope["query_string"].split(b"&"):
+        raw_name, _, raw_value = part.partition(b"=")
+        name = _unquote(raw_name, "query")
+        if name or raw_value:
+            if name in values:
+                raise InvalidField(f"{name}: given twice", field=name)
+            values[name] = _unquote(raw_value, name)
     try:
-        query = msgspec.convert(dict(request.query_params), kind, strict=False)
+        query = msgspec.convert(values, kind, strict=False)
     except msgspec.ValidationError as error:
         raise invalid_field(error) from error
-    for name, value in request.query_params.items():
+    for name, value in values.items():
         # An agent that cannot exist is not found, as any other that does not.
         if name != "agent_id":
             check_text(value, name)
     return query
+
+
+def _unquote(raw: bytes, field: str) -> str:
+    try:
+        return unquote_to_bytes(raw.replace(b"+", b" ")).decode()
+    except UnicodeDecodeError as error:
+        raise InvalidField(f"{field}: not UTF-8", field=field) from error
 
 
 def invalid_field(error: msgspec.ValidationError) -> InvalidField:
@@ -188,24 +293,36 @@ def invalid_field(error: msgspec.ValidationError) -> InvalidField:
     what, where = (match["what"], match["where"] or "") if match else (str(error), "")
     # The value itself is not repeated: it may be a secret that was put into the wrong field.
     what = "Invalid enum value" if what.startswith("Invalid enum value") else what
+    where = re.sub(r"\[(\d+)\]", r".\1", where.replace("[...]", ""))
     named = re.search(r"field `([^`]+)`", what)
     field = ".".join(part for part in (where.lstrip("."), named[1] if named else "") if part) or "body"
     return InvalidField(f"{field}: {what[0].lower()}{what[1:]}", field=field)
 
 
-def check_text(value: Any, field: str, depth: int = 0) -> None:
+def check_metadata(metadata: dict[str, Any], bounds: BodyBounds) -> None:
+    """Raises InvalidField for metadata that are too large, too deep, or cannot be stored."""
+    check_text(metadata, "metadata", MAX_METADATA_DEPTH)
+    if len(_encoder.encode(metadata)) > bounds.max_metadata_bytes:
+        raise InvalidField(f"metadata: more than {bounds.max_metadata_bytes} bytes", field="metadata")
+
+
+def check_text(value: Any, field: str, max_depth: int = MAX_DEPTH) -> None:
     """Raises InvalidField for what cannot be stored, or not be read again: NUL characters, and JSON nested too deeply."""
-    if depth > MAX_DEPTH:
+    _check_text(value, field, 0, max_depth)
+
+
+def _check_text(value: Any, field: str, depth: int, max_depth: int) -> None:
+    if depth > max_depth:
         name = field.partition(".")[0]
-        raise InvalidField(f"{name}: nested more than {MAX_DEPTH} levels deep", field=name)
+        raise InvalidField(f"{name}: nested more than {max_depth} levels deep", field=name)
     match value:
         case str():
             if "\0" in value:
                 raise InvalidField(f"{field}: NUL characters cannot be stored", field=field)
         case dict():
             for name, item in value.items():
-                check_text(name, field)
-                check_text(item, f"{field}.{name}", depth + 1)
-        case list():
+                _check_text(name, field, depth, max_depth)
+                _check_text(item, f"{field}.{name}", depth + 1, max_depth)
+        case list() | tuple():
             for index, item in enumerate(value):
-                check_text(item, f"{field}.{index}", depth + 1)
+                _check_text(item, f"{field}.{index}", depth + 1, max_depth)

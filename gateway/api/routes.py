@@ -1,12 +1,13 @@
 """The route table: what the server serves, and what its OpenAPI document says. One list, so that they cannot drift."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
+from starlette.types import Scope
 
 from gateway.api.agents import AgentAnswer, AgentList, AgentsApi
 from gateway.api.chat import (
@@ -20,6 +21,7 @@ from gateway.api.chat import (
     StreamQuery,
 )
 from gateway.api.ops import Alive, OpsApi, Readiness
+from gateway.api.reference import ReferenceApi
 from gateway.api.sessions import (
     ListAnswer,
     ListQuery,
@@ -37,10 +39,15 @@ from persistence.agents import AgentDefinition
 
 Handler = Callable[[Request], Awaitable[Response]]
 Guard = Literal["none", "session", "admin"]
+EVENT_STREAM, SCRIPT = "text/event-stream", "text/javascript"
 
 
 class Endpoint(msgspec.Struct, frozen=True):
-    """One call: how it is reached, what goes in, what comes out. `errors` are the problem statuses it may answer with."""
+    """One call: how it is reached, what goes in, what comes out.
+
+    `answers` are types or media types by status, `answer_headers` the headers that belong to them; `errors` are the problem
+    statuses it may answer with beside those that every call may; `headers` are the request's that it looks at.
+    """
 
     method: str
     path: str
@@ -50,12 +57,16 @@ class Endpoint(msgspec.Struct, frozen=True):
     errors: tuple[int, ...] = ()
     body: Any = None
     query: Any = None
+    headers: tuple[str, ...] = ()
+    answer_headers: dict[int, tuple[str, ...]] = {}
     guard: Guard = "none"
 
 
-def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsApi, widget: WidgetApi) -> list[Endpoint]:
+def endpoints(
+    chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsApi, widget: WidgetApi, reference: ReferenceApi
+) -> list[Endpoint]:
     """Every endpoint, the more particular path before the more general."""
-    body = (400, 413, 415, 422)
+    body = (400, 408, 413, 415, 422)
     session = (401, 403, 404, 429, 500, 503)
     admin = (401, 403, 429, 503)
     return [
@@ -67,6 +78,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             {200: MessageAnswer},
             (*body, 401, 403, 404, 409, 410, 429, 500, 502, 503, 504),
             body=MessageBody,
+            headers=("Idempotency-Key",),
             guard="session",
         ),
         Endpoint(
@@ -74,9 +86,10 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             "/api/chat/{agent_id}/stream",
             chat.stream,
             "Answer a visitor's message as a stream of events",
-            {200: AsyncIterator},
+            {200: EVENT_STREAM},
             (*body, 401, 403, 404, 409, 410, 429, 500, 502, 503, 504),
             body=MessageBody,
+            headers=("Idempotency-Key",),
             guard="session",
         ),
         Endpoint(
@@ -84,9 +97,10 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             "/api/chat/{agent_id}/turns/{turn_id}/stream",
             chat.resume,
             "Go on with the stream of a turn, behind Last-Event-ID",
-            {200: AsyncIterator},
-            (*session, 403, 422, 429),
+            {200: EVENT_STREAM},
+            (*session, 422),
             query=StreamQuery,
+            headers=("Last-Event-ID",),
             guard="session",
         ),
         Endpoint(
@@ -113,8 +127,9 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             "/api/sessions/{session_id}/events",
             sessions.events,
             "Watch a session's turns as they happen",
-            {200: AsyncIterator},
-            (*session, 422, 429),
+            {200: EVENT_STREAM},
+            (*session, 422),
+            headers=("Last-Event-ID",),
             guard="session",
         ),
         Endpoint(
@@ -215,17 +230,37 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
         ),
         Endpoint("GET", "/healthz", ops.alive, "Whether the process answers", {200: Alive}),
         Endpoint("GET", "/readyz", ops.ready, "Whether the pod can serve", {200: Readiness, 503: Readiness}),
-        Endpoint("GET", "/metrics", ops.metrics, "Prometheus metrics", {200: str}, (503,)),
-        Endpoint("GET", "/widget.js", widget.entry, "The chat widget", {200: bytes, 304: None}),
+        Endpoint("GET", "/metrics", ops.metrics, "Prometheus metrics", {200: "text/plain"}, (503,)),
+        Endpoint("GET", "/openapi.json", reference.document, "This description", {200: "application/json"}),
+        Endpoint("GET", "/docs", reference.page, "This description, to be read", {200: "text/html"}),
+        Endpoint(
+            "GET",
+            "/widget.js",
+            widget.entry,
+            "The chat widget",
+            {200: SCRIPT, 304: None},
+            headers=("If-None-Match",),
+            answer_headers={200: ("ETag", "Cache-Control"), 304: ("ETag", "Cache-Control")},
+        ),
         Endpoint(
             "GET",
             "/widget/{version}/{file}",
             widget.part,
             "A module of the chat widget, which never changes",
-            {200: bytes, 304: None, 307: None},
+            {200: SCRIPT, 304: None, 307: None},
             (404,),
+            headers=("If-None-Match",),
+            answer_headers={200: ("ETag", "Cache-Control"), 304: ("ETag", "Cache-Control"), 307: ("Location",)},
         ),
     ]
+
+
+class _Path(Route):
+    """A route that is the only one for its path, whatever the method: `/api/sessions/stats` is no session's."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        match, child = super().matches(scope)
+        return (Match.FULL if match is Match.PARTIAL else match), child
 
 
 def routes(table: Sequence[Endpoint]) -> list[Route]:
@@ -233,7 +268,7 @@ def routes(table: Sequence[Endpoint]) -> list[Route]:
     by_path: dict[str, dict[str, Handler]] = {}
     for endpoint in table:
         by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint.handler
-    return [Route(path, _by_method(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+    return [_Path(path, _by_method(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
 
 
 def _by_method(handlers: dict[str, Handler]) -> Handler:

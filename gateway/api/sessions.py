@@ -12,7 +12,7 @@ from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
 from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator
-from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
+from gateway.api.rendering import BodyBounds, answer, check_metadata, event_stream, read_body, read_cursor, read_query
 from gateway.audit import audited
 from gateway.auth import SessionToken, SessionTokens
 from gateway.limits import Admission, Limiter
@@ -169,7 +169,7 @@ class SessionsApi:
         limiter: Limiter,
         open_streams: OpenStreams,
         *,
-        max_body_bytes: int,
+        bounds: BodyBounds,
     ) -> None:
         self._agents = agents
         self._store = store
@@ -180,14 +180,14 @@ class SessionsApi:
         self._tokens = tokens
         self._limiter = limiter
         self._open_streams = open_streams
-        self._max_body_bytes = max_body_bytes
+        self._bounds = bounds
         self._decoder = msgspec.json.Decoder(OpenBody)
 
     async def open(self, request: Request) -> Response:
         """POST /api/sessions"""
         self._limiter.check_address(address_of(request))
-        body = await read_body(request, self._decoder, self._max_body_bytes)
-        check_text(body.metadata, "metadata")
+        body = await read_body(request, self._decoder, self._bounds)
+        check_metadata(body.metadata, self._bounds)
         agent = await self._agents.load(body.agent_id)
         definition = agent.definition
         if not definition.active:

@@ -16,6 +16,7 @@ import uvicorn
 
 from gateway.app import Pod
 from gateway.cli import QuietServer
+from gateway.http import Bounds, http_protocol
 from gateway.servers import HOST, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -39,12 +40,13 @@ async def wait_for(condition: Any, what: str, limit_s: float = 15.0) -> Any:
 
 
 @asynccontextmanager
-async def served(pod: Pod) -> AsyncIterator[httpx.AsyncClient]:
-    """Serves a pod from this process over real HTTP; gives a client for it."""
+async def served(pod: Pod, bounds: Bounds | None = None, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+    """Serves a pod from this process over real HTTP; gives a client for it. Options are uvicorn's."""
     port = free_port()
-    server = QuietServer(
-        uvicorn.Config(pod.app, host=HOST, port=port, log_config=None, lifespan="on", ws="none", proxy_headers=False)
-    )
+    protocol = http_protocol(bounds)
+    fixed: dict[str, Any] = {"http": protocol, "server_header": False, "log_config": None, "lifespan": "on", "ws": "none"}
+    options = {**fixed, "proxy_headers": False, **options}
+    server = QuietServer(uvicorn.Config(pod.app, host=HOST, port=port, **options))
     task = asyncio.create_task(server.serve())
     await wait_for(lambda: server.started or task.done(), "the pod starts")
     if task.done():

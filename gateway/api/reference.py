@@ -1,0 +1,46 @@
+"""The description of all calls: for programs, and as a page to be read."""
+
+from base64 import b64encode
+from hashlib import sha256
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+HEADERS = {"Cache-Control": "public, max-age=300", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class ReferenceApi:
+    """Serves what `publish` was given: the route table is described only when it is whole, these routes with it."""
+
+    def __init__(self) -> None:
+        self._document = b""
+        self._page = b""
+        self._policy = ""
+
+    def publish(self, document: bytes, page: str, style: str, script: str) -> None:
+        """Sets what is served. The page may use this style and this script and nothing else, from nowhere."""
+        self._document, self._page = document, page.encode()
+        self._policy = "; ".join(
+            [
+                "default-src 'none'",
+                f"style-src '{_digest(style)}'",
+                f"script-src '{_digest(script)}'",
+                "base-uri 'none'",
+                "form-action 'none'",
+                "frame-ancestors 'none'",
+            ]
+        )
+
+    async def document(self, request: Request) -> Response:
+        """GET /openapi.json"""
+        return Response(self._document, headers=HEADERS, media_type="application/json")
+
+    async def page(self, request: Request) -> Response:
+        """GET /docs"""
+        headers = {**HEADERS, "Content-Security-Policy": self._policy}
+        return Response(self._page, headers=headers, media_type="text/html")
+
+
+def _digest(text: str) -> str:
+    """A source of a Content-Security-Policy (level 3): this text and no other."""
+    return f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}"
