@@ -83,8 +83,16 @@ class Agents:
         self._known.clear()
         return agent, old is None
 
-    async def delete(self, reference: str) -> None:
-        """Deletes an agent; its sessions stay. Raises AgentNotFound."""
+    async def find_stored(self, reference: str) -> Agent | None:
+        """The agent with this UUID or name as Postgres has it now. Raises PostgresUnavailable."""
+        try:
+            _check_reference(reference)
+        except AgentNotFound:
+            return None
+        return await self._postgres.find_agent(reference)
+
+    async def delete(self, reference: str) -> Agent:
+        """Deletes an agent; its sessions stay. Returns what it was. Raises AgentNotFound."""
         _check_reference(reference)
         agent = await self._postgres.find_agent(reference)
         if agent is None:
@@ -92,6 +100,7 @@ class Agents:
         await self._postgres.delete_agent(agent.id)
         await self._copies.delete(agent)
         self._known.clear()
+        return agent
 
     async def list(self) -> list[Agent]:
         """Every agent, by name."""

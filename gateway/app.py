@@ -18,26 +18,30 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from gateway import __version__
+from gateway.admin import AdminDoor, AdminKeys
 from gateway.agents import Agents
 from gateway.api.agents import AgentsApi
 from gateway.api.callers import Gatekeeper
 from gateway.api.chat import ChatApi
 from gateway.api.cors import Cors
+from gateway.api.headers import SafeHeaders
 from gateway.api.ops import OpsApi
 from gateway.api.rendering import on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
 from gateway.api.widget import WidgetApi
 from gateway.auth import SessionTokens
-from gateway.limits import AddressLimiter
+from gateway.limits import Limiter
 from gateway.metrics import Metrics
+from gateway.open_streams import OpenStreams
 from gateway.openapi import openapi_document
 from gateway.problems import Problem
+from gateway.proxies import ClientAddress
 from gateway.runtime import AgentRuntime, Graphs, load_graphs
 from gateway.settings import Settings
 from gateway.streams import Streams
 from gateway.turns import Turns
-from persistence.agents import AgentCopies
+from persistence.agents import AgentCopies, RateLimit
 from persistence.connection import Client, call, check_server, connect
 from persistence.errors import PersistenceError, PostgresUnavailable, RedisUnavailable
 from persistence.events import EventLogs, WakeUps
@@ -123,8 +127,17 @@ class Pod:
             queue_wait_s=settings.queue_wait_s,
         )
         self.runtime = AgentRuntime(stores.agents, self.turns)
-        limit = settings.address_limit
-        self.limiter = AddressLimiter(Limits(stores.scripts, stores.keys), *limit) if limit else None
+        self.limiter = Limiter(
+            Limits(stores.scripts, stores.keys),
+            self.metrics,
+            mode=settings.limit_mode,
+            address=RateLimit(*settings.address_limit) if settings.address_limit else None,
+            sessions=RateLimit(*settings.session_limit) if settings.session_limit else None,
+            refuse_on_failure=settings.limit_failure == "refuse",
+        )
+        self.open_streams = OpenStreams(
+            self.limiter, per_session=settings.max_streams_per_session, per_address=settings.max_streams_per_address
+        )
         self.draining = False
         self.app = self._build(graphs, extra_routes)
 
@@ -132,7 +145,8 @@ class Pod:
         settings, stores = self.settings, self.stores
         keys = [key for key in (settings.secret_key, settings.secret_key_previous) if key]
         tokens = SessionTokens(keys, settings.token_ttl_s)
-        gatekeeper = Gatekeeper(tokens, settings.admin_key)
+        admin_keys = AdminKeys(settings.admin_key, settings.admin_key_previous)
+        gatekeeper = Gatekeeper(tokens, AdminDoor(admin_keys, plaintext=settings.admin_plaintext))
         max_body_bytes = settings.max_body_bytes
         table = endpoints(
             ChatApi(
@@ -143,6 +157,7 @@ class Pod:
                 stores.logs,
                 gatekeeper,
                 self.limiter,
+                self.open_streams,
                 max_body_bytes=max_body_bytes,
                 max_message_chars=settings.max_message_chars,
             ),
@@ -155,6 +170,7 @@ class Pod:
                 gatekeeper,
                 tokens,
                 self.limiter,
+                self.open_streams,
                 max_body_bytes=max_body_bytes,
             ),
             AgentsApi(stores.agents, graphs, gatekeeper, max_body_bytes=max_body_bytes),
@@ -176,6 +192,8 @@ class Pod:
         return Starlette(
             routes=[*routes(table), Route("/openapi.json", openapi), *extra_routes],
             middleware=[
+                Middleware(ClientAddress, trusted=settings.trusted_networks),
+                Middleware(SafeHeaders),
                 Middleware(Cors, agents=stores.agents, gatekeeper=gatekeeper),
             ],
             exception_handlers={
@@ -189,9 +207,10 @@ class Pod:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        background = [asyncio.create_task(self.wakeups.run(self.turns.cancel))]
-        if self.limiter is not None:
-            background.append(asyncio.create_task(self.limiter.run()))
+        background = [
+            asyncio.create_task(self.wakeups.run(self.turns.cancel)),
+            asyncio.create_task(self.limiter.run()),
+        ]
         await self.stores.copy_agents()
         log.info("pod.started", partitions=self.stores.keys.partitions)
         yield

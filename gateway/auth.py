@@ -1,4 +1,4 @@
-"""Who may do what: session tokens, user tokens, site keys, the admin key. Nothing here asks a store."""
+"""Who may do what: session tokens, user tokens, site keys. Nothing here asks a store. The admin key is admin.py's."""
 
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
@@ -122,17 +122,6 @@ def _key_name(text: str) -> str | None:
     except (jwt.PyJWTError, ValueError, RecursionError):
         return None
     return kid if isinstance(kid, str) else None
-
-
-def bearer(authorization: str) -> str:
-    """The credentials of an Authorization header (RFC 6750); empty when they are of another kind."""
-    scheme, _, given = authorization.partition(" ")
-    return given.strip() if scheme.lower() == "bearer" else ""
-
-
-def is_admin(authorization: str, admin_key: str) -> bool:
-    """Whether an Authorization header carries the admin key; compared in constant time."""
-    return bool(admin_key) and is_one_of(bearer(authorization), [admin_key])
 
 
 def is_one_of(given: str, keys: Iterable[str]) -> bool:

@@ -15,18 +15,22 @@ import msgspec
 import uvicorn
 import uvloop
 
-from gateway.api.agents import view
+from gateway.api.agents import put_audited, view
 from gateway.app import Pod, Stores, build_pod, build_worker, warn_if_not_migrated
+from gateway.audit import at_the_command_line, audited
 from gateway.dev import DevOptions, run_dev
-from gateway.logs import configure_logs
+from gateway.logs import configure_logs, contain_errors
 from gateway.problems import Problem
 from gateway.runtime import GraphError
 from gateway.servers import ServerError
 from gateway.settings import Settings, SettingsError, load_settings
 from persistence.agents import AgentDefinition
 from persistence.errors import PersistenceError
+from persistence.keys import masked
 from persistence.migrate import load_migrations, migrate
+from persistence.outbox import DeadLetter
 from persistence.postgres import Postgres
+from persistence.records import is_fact
 
 STORES = ("redis_url", "database_url")
 KEEP_ALIVE_S = 75
@@ -44,6 +48,7 @@ class QuietServer(uvicorn.Server):
 def main(arguments: Sequence[str]) -> int:
     """Runs a command; its exit status."""
     options = _parser().parse_args(arguments)
+    contain_errors()
     try:
         command: Callable[[argparse.Namespace], Coroutine[Any, Any, None]] = options.command
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -144,8 +149,8 @@ async def serve_pod(pod: Pod) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
-        proxy_headers=bool(settings.trusted_proxies),
-        forwarded_allow_ips=settings.trusted_proxies,
+        # What a proxy says is judged by gateway/proxies.py, which lets nothing through that is no address.
+        proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s) + 2,
     )
@@ -234,7 +239,7 @@ async def _agents_put(options: argparse.Namespace) -> None:
         raise SettingsError(f"definition: {error}") from error
     stores = Stores(_settings(*STORES))
     try:
-        agent, created = await stores.agents.put(options.name, definition)
+        agent, created = await put_audited(stores.agents, options.name, definition, at_the_command_line())
     finally:
         await stores.close()
     print(f"{'created' if created else 'replaced'} {agent.name} {agent.id}")
@@ -263,7 +268,8 @@ async def _agents_list(options: argparse.Namespace) -> None:
 async def _agents_delete(options: argparse.Namespace) -> None:
     stores = Stores(_settings(*STORES))
     try:
-        await stores.agents.delete(options.name)
+        with audited("agent_deleted", at_the_command_line()) as facts:
+            facts["agent"] = (await stores.agents.delete(options.name)).id
     finally:
         await stores.close()
     print(f"deleted {options.name}")
@@ -274,9 +280,18 @@ async def _dead(options: argparse.Namespace) -> None:
     try:
         letters = await stores.outbox.dead_letters()
         for letter in letters:
-            retried = options.retry and await stores.outbox.retry_dead(letter)
-            print(f"{letter.entry}  {letter.fact:<12} {letter.died_at}  {'retried' if retried else letter.reason}")
+            retried = options.retry and await _retry(stores, letter)
+            fact = letter.fact if is_fact(letter.fact) else "unreadable"
+            print(f"{letter.entry}  {fact:<12} {letter.died_at}  {'retried' if retried else letter.reason}")
     finally:
         await stores.close()
     if not letters:
         print("no dead letters")
+
+
+async def _retry(stores: Stores, letter: DeadLetter) -> bool:
+    who, session = at_the_command_line(), masked(letter.session_id)
+    with audited("dead_letter_retried", who, entry=letter.entry, partition=letter.partition, session=session) as facts:
+        queued = await stores.outbox.retry_dead(letter)
+        facts["queued"] = queued
+    return queued

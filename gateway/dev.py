@@ -119,9 +119,11 @@ def _settings(options: DevOptions, variables: dict[str, str]) -> Settings:
     file = options.data / "keys.json"
     if not file.exists():
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as out:
-            json.dump({"SECRET_KEY": secrets.token_urlsafe(32), "ADMIN_KEY": secrets.token_urlsafe(16)}, out)
+            json.dump({"SECRET_KEY": secrets.token_urlsafe(32), "ADMIN_KEY": secrets.token_hex(16)}, out)
     for name, value in json.loads(file.read_text()).items():
         variables.setdefault(f"GATEWAY_{name}", value)
+    # Everybody who opens a session comes from the same address here.
+    variables.setdefault("GATEWAY_ADDRESS_SESSION_LIMIT", "600/60")
     # There is no balancer to be given notice.
     variables.setdefault("GATEWAY_DRAIN_NOTICE_S", "0")
     return load_settings({**variables, "GATEWAY_PORT": str(options.port)})

@@ -19,6 +19,12 @@ class Metrics:
         self.graph_seconds = Histogram(
             "gateway_graph_seconds", "The graph's part of answered turns", buckets=BUCKETS_S, registry=self.registry
         )
+        self.limited = Counter(
+            "gateway_limited",
+            "Calls refused by a limit; in shadow mode those that would have been",
+            ["limit", "mode"],
+            registry=self.registry,
+        )
         self.running = Gauge("gateway_turns_running", "Turns running on this pod", registry=self.registry)
         self.foreign_replies = Gauge(
             "gateway_foreign_replies", "Redis replies that belonged to another call", registry=self.registry

@@ -3,6 +3,8 @@
 Rendered as `application/problem+json` (RFC 9457) by one handler, in `api/rendering.py`.
 """
 
+from collections.abc import Mapping
+
 from persistence.errors import Damaged, DataRefused, PersistenceError, PostgresUnavailable, RedisUnavailable
 
 
@@ -14,11 +16,19 @@ class Problem(Exception):
     title = "Something went wrong in the gateway"
     retryable = False
 
-    def __init__(self, detail: str = "", *, retry_after_s: float | None = None, field: str | None = None) -> None:
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        retry_after_s: float | None = None,
+        field: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(detail or self.title)
         self.detail = detail
         self.retry_after_s = retry_after_s
         self.field = field
+        self.headers = headers or {}
 
 
 class InvalidJson(Problem):
@@ -75,6 +85,10 @@ class AdminKeyRequired(Problem):
     status, code, title = 401, "admin_key_required", "This call needs the admin key"
 
 
+class TlsRequired(Problem):
+    status, code, title = 403, "tls_required", "The admin key is taken over TLS only, or from the machine itself"
+
+
 class DomainNotAllowed(Problem):
     status, code, title = 403, "domain_not_allowed", "This website may not use the agent"
 
@@ -129,6 +143,22 @@ class RateLimited(Problem):
 
 class QueueFull(Problem):
     status, code, title, retryable = 429, "queue_full", "Too many messages wait for this session", True
+
+
+class AgentBusy(Problem):
+    status, code, title, retryable = 429, "agent_busy", "The agent answers as many messages as it may at a time", True
+
+
+class QuotaExhausted(Problem):
+    status, code, title, retryable = 429, "quota_exhausted", "The agent has answered all it may today", True
+
+
+class TooManyStreams(Problem):
+    status, code, title, retryable = 429, "too_many_streams", "Too many streams are open", True
+
+
+class LimitsUnavailable(Problem):
+    status, code, title, retryable = 503, "limits_unavailable", "Limits cannot be looked at just now", True
 
 
 class GraphFailed(Problem):

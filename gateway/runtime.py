@@ -31,6 +31,7 @@ from gateway.logs import frames
 from gateway.problems import AgentInactive, GraphFailed, GraphInvalidOutput, GraphNotConfigured, InvalidField
 from gateway.streams import TurnLog
 from gateway.turns import (
+    Admission,
     Attached,
     Emit,
     GraphInput,
@@ -405,10 +406,10 @@ class AgentRuntime:
         result = await self.execute(agent, request)
         return {"response": result.response, "metadata": result.metadata}
 
-    async def execute(self, agent: Agent, request: TurnRequest) -> TurnResult:
+    async def execute(self, agent: Agent, request: TurnRequest, admission: Admission | None = None) -> TurnResult:
         """One turn of an agent. Raises a Problem."""
-        return await self._turns.execute(agent, request)
+        return await self._turns.execute(agent, request, admission)
 
-    async def stream(self, agent: Agent, request: TurnRequest) -> TurnLog | Attached:
+    async def stream(self, agent: Agent, request: TurnRequest, admission: Admission | None = None) -> TurnLog | Attached:
         """One turn of an agent as a log of events, or the turn that answers the message already. Raises a Problem."""
-        return await self._turns.stream(agent, request)
+        return await self._turns.stream(agent, request, admission)

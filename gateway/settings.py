@@ -5,16 +5,21 @@ A variable that is missing, misspelt or out of range stops the start with a sent
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 import msgspec
 
-from persistence.connection import connect, default_partitions
+from persistence.connection import UnusableUrl, connect, default_partitions
 
 PREFIX = "GATEWAY_"
+TOKEN_BEGINS = "eyJ"  # noqa: S105
+"""How every JSON Web Token begins: its first part is a JSON object in base64 (RFC 7515). No admin key may."""
+
+Network = IPv4Network | IPv6Network
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
@@ -37,6 +42,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A key that still verifies tokens but signs none: for changing the key."""
     admin_key: str = ""
     """What admin calls carry as a bearer token; at least 16 characters."""
+    admin_key_previous: str = ""
+    """An admin key that is still taken: for changing the key."""
+    admin_plaintext: bool = False
+    """Whether admin calls are taken without TLS from other machines: for a network that nobody else listens on."""
     graphs: str = ""
     """Path of the operator's langgraph.json."""
     model_base_urls: str = ""
@@ -71,8 +80,18 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Longest message of a visitor."""
     address_rate_limit: str = "600/60"
     """Turns per client address as messages/seconds, over all pods; or off."""
+    address_session_limit: str = "60/60"
+    """New sessions per client address as sessions/seconds, over all pods; or off."""
+    max_streams_per_session: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 8
+    """Streams of one session that may be open on one pod."""
+    max_streams_per_address: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 100
+    """Streams of one client address that may be open on one pod."""
+    limit_mode: Literal["enforce", "shadow", "off"] = "enforce"
+    """shadow counts what the limits would refuse, and refuses nothing; off looks at none of them."""
+    limit_failure: Literal["local", "refuse"] = "local"
+    """While Redis cannot be told of limits: each pod goes on with what it knows, or refuses after 5 s."""
     trusted_proxies: str = ""
-    """Addresses whose X-Forwarded-For is believed, comma-separated; * for all. Empty: nobody's."""
+    """Addresses and networks whose X-Forwarded-For is believed, comma-separated; * for all. Empty: nobody's."""
     database_connections: Annotated[int, msgspec.Meta(ge=1, le=1_000)] = 8
     """Connections to Postgres per process."""
     worker_name: str = ""
@@ -89,10 +108,26 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def address_limit(self) -> tuple[int, int] | None:
         """Messages and seconds, or None for no limit."""
-        if self.address_rate_limit == "off":
+        return _rate(self.address_rate_limit)
+
+    @property
+    def session_limit(self) -> tuple[int, int] | None:
+        """Sessions and seconds, or None for no limit."""
+        return _rate(self.address_session_limit)
+
+    @property
+    def trusted_networks(self) -> Sequence[Network] | None:
+        """The networks of the proxies that are believed; None for all addresses."""
+        if self.trusted_proxies.strip() == "*":
             return None
-        messages, _, seconds = self.address_rate_limit.partition("/")
-        return int(messages), int(seconds)
+        return [ip_network(item.strip(), strict=False) for item in self.trusted_proxies.split(",") if item.strip()]
+
+
+def _rate(text: str) -> tuple[int, int] | None:
+    if text == "off":
+        return None
+    count, _, seconds = text.partition("/")
+    return int(count), int(seconds)
 
 
 def load_settings(environment: Mapping[str, str], required: Iterable[str] = ()) -> Settings:
@@ -124,23 +159,43 @@ def _check(settings: Settings) -> None:
     if settings.redis_url:
         try:
             connect(settings.redis_url)
-        except ValueError as error:
+        except UnusableUrl as error:
             raise SettingsError(f"GATEWAY_REDIS_URL: {error}") from error
+        except ValueError as error:
+            raise SettingsError("GATEWAY_REDIS_URL is not a URL with a good host, port and database") from error
     if settings.database_url:
         _check_database_url(settings.database_url)
     for name, value, shortest in (
         ("SECRET_KEY", settings.secret_key, 32),
         ("SECRET_KEY_PREVIOUS", settings.secret_key_previous, 32),
         ("ADMIN_KEY", settings.admin_key, 16),
+        ("ADMIN_KEY_PREVIOUS", settings.admin_key_previous, 16),
     ):
         if value and len(value) < shortest:
             raise SettingsError(f"GATEWAY_{name} is shorter than {shortest} characters")
+    for name, value in (("ADMIN_KEY", settings.admin_key), ("ADMIN_KEY_PREVIOUS", settings.admin_key_previous)):
+        if value.startswith(TOKEN_BEGINS):
+            raise SettingsError(f"GATEWAY_{name} begins with {TOKEN_BEGINS}: it would be taken for a token")
+        if value != value.strip() or not value.isascii():
+            raise SettingsError(f"GATEWAY_{name} has spaces around it, or characters that no header can carry")
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,32}", settings.key_prefix):
         raise SettingsError("GATEWAY_KEY_PREFIX is not 1 to 32 of A-Z a-z 0-9 _ . -")
-    if settings.address_rate_limit != "off" and not re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,5}", settings.address_rate_limit):
-        raise SettingsError("GATEWAY_ADDRESS_RATE_LIMIT is neither messages/seconds, such as 600/60, nor off")
+    _check_limits(settings)
     if settings.graphs and not Path(settings.graphs).is_file():
         raise SettingsError(f"GATEWAY_GRAPHS: there is no file {settings.graphs}")
+
+
+def _check_limits(settings: Settings) -> None:
+    for name, what, value in (
+        ("RATE", "messages", settings.address_rate_limit),
+        ("SESSION", "sessions", settings.address_session_limit),
+    ):
+        if value != "off" and not re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,5}", value):
+            raise SettingsError(f"GATEWAY_ADDRESS_{name}_LIMIT is neither {what}/seconds, such as 60/60, nor off")
+    try:
+        _ = settings.trusted_networks
+    except ValueError as error:
+        raise SettingsError(f"GATEWAY_TRUSTED_PROXIES: {error}") from error
 
 
 def _check_database_url(url: str) -> None:

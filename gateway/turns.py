@@ -12,7 +12,7 @@ import random
 from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from time import monotonic
-from typing import Annotated, Any, NoReturn, Protocol, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
 
 import msgspec
 import structlog
@@ -53,6 +53,7 @@ from persistence.sessions import (
     Busy,
     IfBusy,
     NewSession,
+    Opened,
     Queued,
     Refused,
     Replay,
@@ -142,6 +143,57 @@ class OwnsStreams(Protocol):
     def disown(self, turn_id: str) -> None: ...
 
 
+Outcome = Literal["ran", "repeated", "refused"]
+
+
+class Admission(Protocol):
+    """What turns need of whoever limits them: a turn that was let in, and what it holds and costs."""
+
+    @property
+    def mode(self) -> Literal["enforce", "shadow", "off"]: ...
+
+    async def hold(self) -> None: ...
+
+    def let_go(self) -> None: ...
+
+    def began(self, session_ahead_ms: int) -> None: ...
+
+    def limited(self, wait_s: float) -> Problem: ...
+
+    def reserve_session(self) -> None: ...
+
+    def session_created(self, created: bool) -> None: ...
+
+    def settle(self, outcome: Outcome) -> None: ...
+
+
+class Unlimited:
+    """The admission of a turn that nobody limits, but its session itself."""
+
+    mode: Literal["enforce", "shadow", "off"] = "enforce"
+
+    async def hold(self) -> None:
+        """Anybody may run."""
+
+    def let_go(self) -> None:
+        """Nothing is held."""
+
+    def began(self, session_ahead_ms: int) -> None:
+        """Nobody asks."""
+
+    def limited(self, wait_s: float) -> Problem:
+        return RateLimited("too many messages in this session", retry_after_s=wait_s)
+
+    def reserve_session(self) -> None:
+        """Anybody may create one."""
+
+    def session_created(self, created: bool) -> None:
+        """Nothing was charged."""
+
+    def settle(self, outcome: Outcome) -> None:
+        """Nothing was charged."""
+
+
 class Attached(msgspec.Struct):
     """The message is being answered already, by this turn."""
 
@@ -174,9 +226,9 @@ class Turns:
         self._aborting: set[asyncio.Task[None]] = set()
         self._draining = False
 
-    async def execute(self, agent: Agent, request: TurnRequest) -> TurnResult:
-        """Answers one message. Raises a Problem; cancelling the caller does not cancel the turn."""
-        task = self._start(_Running(str(uuid7()), agent, request))
+    async def execute(self, agent: Agent, request: TurnRequest, admission: Admission | None = None) -> TurnResult:
+        """Answers one message. Raises a Problem; cancelling the caller does not cancel the turn. Settles the admission."""
+        task = self._start(_Running(str(uuid7()), agent, request, admission or Unlimited()))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -184,9 +236,9 @@ class Turns:
                 raise Draining(retry_after_s=1) from None
             raise
 
-    async def stream(self, agent: Agent, request: TurnRequest) -> TurnLog | Attached:
+    async def stream(self, agent: Agent, request: TurnRequest, admission: Admission | None = None) -> TurnLog | Attached:
         """Begins to answer one message; its log, or the turn that answers it already. Raises a Problem."""
-        turn = _Running(str(uuid7()), agent, request)
+        turn = _Running(str(uuid7()), agent, request, admission or Unlimited())
         turn.opened = asyncio.get_running_loop().create_future()
         task = self._start(turn)
         waits: list[asyncio.Future[Any]] = [task, turn.opened]
@@ -200,8 +252,11 @@ class Turns:
 
     def _start(self, turn: "_Running") -> asyncio.Task[TurnResult]:
         if self._draining:
+            turn.admission.settle("refused")
             raise Draining(retry_after_s=1)
         task = asyncio.create_task(self._execute(turn))
+        # Also of a task that is cancelled before it has begun; and before whoever waits for the answer goes on.
+        task.add_done_callback(lambda _: turn.admission.settle(turn.outcome))
         self._running.add(task)
         self._by_id[turn.id] = turn
         task.add_done_callback(self._running.discard)
@@ -285,14 +340,7 @@ class Turns:
         digest = sha256(request.message.encode()).hexdigest()[:16] if request.message_id else ""
         absences, waited = 0, False
         while True:
-            outcome = await self._store.begin(
-                request.session_id,
-                turn.id,
-                turn.access,
-                turn.policy,
-                message_id=request.message_id,
-                digest=digest,
-            )
+            outcome = await self._ask(turn, digest, waited)
             match outcome:
                 case Begun() | Replay():
                     turn.settled = isinstance(outcome, Replay)
@@ -305,9 +353,9 @@ class Turns:
                         await self._create(turn, ticket)
                 case Refused():
                     turn.settled = not waited
-                    raise_refusal(outcome)
+                    raise_refusal(outcome, turn.admission)
                 case Busy(_, True, turn_id) if turn.opened is not None:
-                    turn.settled = True
+                    turn.settled, turn.outcome = True, "repeated"
                     turn.opened.set_result(Attached(turn_id))
                     raise AttachedElsewhere
                 case Busy(_, False, turn_id) if turn.policy.if_busy == "interrupt":
@@ -322,6 +370,30 @@ class Turns:
                     if monotonic() > deadline:
                         raise TurnInProgress("the turns before it took too long", retry_after_s=1)
                     await asyncio.sleep(random.uniform(*ASK_AGAIN_S) / 2)  # noqa: S311
+
+    async def _ask(self, turn: "_Running", digest: str, waited: bool) -> Begun | Absent | Replay | Busy | Queued | Refused:
+        """Asks for the session once, with a place among the agent's running turns in hand."""
+        request = turn.request
+        try:
+            await turn.admission.hold()
+        except Problem:
+            turn.settled = not waited
+            raise
+        outcome = await self._store.begin(
+            request.session_id,
+            turn.id,
+            turn.access,
+            turn.policy,
+            message_id=request.message_id,
+            digest=digest,
+        )
+        if isinstance(outcome, Begun):
+            turn.outcome = "ran"
+            turn.admission.began(outcome.rate_ahead_ms)
+        else:
+            # Who waits runs nothing: its place is for others meanwhile.
+            turn.admission.let_go()
+        return outcome
 
     async def _create(self, turn: "_Running", ticket: int) -> None:
         """Creates the session that its first message names; a stale ticket leaves it to the next begin."""
@@ -343,7 +415,13 @@ class Turns:
             minted=False,
             hot_ttl_s=definition.hot_ttl_s,
         )
+        try:
+            turn.admission.reserve_session()
+        except Problem:
+            turn.settled = True
+            raise
         opened = await self._store.open(new, ticket=ticket, trusted=access.trusted)
+        turn.admission.session_created(isinstance(opened, Opened) and opened.created)
         if isinstance(opened, Refused):
             turn.settled = True
             raise_refusal(opened)
@@ -425,6 +503,7 @@ class Turns:
         session_id, stored = turn.request.session_id, replay.turn
         if stored.messages[0].content != turn.request.message:
             raise MessageIdReused(field="message_id")
+        turn.outcome = "repeated"
         if turn.opened is not None:
             turn.opened.set_result(replay_log(stored, session_id))
         return TurnResult(stored.messages[-1].content, answer_metadata(stored, session_id, replayed=True))
@@ -557,11 +636,12 @@ def _last_word(error: BaseException) -> tuple[str, dict[str, Any]]:
 class _Running:
     """A turn on its way. `settled` once it holds nothing in Redis that would have to be let go.
 
-    `opened` is there when the turn is to be streamed, and gets its log when it begins.
+    `opened` is there when the turn is to be streamed, and gets its log when it begins. `outcome` is what it came to so far.
     """
 
     __slots__ = (
         "access",
+        "admission",
         "agent",
         "cancelled",
         "fence",
@@ -570,6 +650,7 @@ class _Running:
         "id",
         "number",
         "opened",
+        "outcome",
         "policy",
         "request",
         "session_uuid",
@@ -577,14 +658,20 @@ class _Running:
         "writer",
     )
 
-    def __init__(self, turn_id: str, agent: Agent, request: TurnRequest) -> None:
+    def __init__(self, turn_id: str, agent: Agent, request: TurnRequest, admission: Admission) -> None:
         self.id = turn_id
         self.agent = agent
         self.request = request
+        self.admission = admission
+        self.outcome: Outcome = "refused"
         self.access = request.access
         self.policy: TurnPolicy = agent.definition.policy
         if request.if_busy:
             self.policy = msgspec.structs.replace(self.policy, if_busy=request.if_busy)
+        if admission.mode == "shadow":
+            self.policy = msgspec.structs.replace(self.policy, rate_shadow=True)
+        elif admission.mode == "off":
+            self.policy = msgspec.structs.replace(self.policy, rate_messages=0)
         self.session_uuid = ""
         self.number = 0
         self.fence = 0
@@ -596,9 +683,8 @@ class _Running:
         self.opened: asyncio.Future[TurnLog | Attached] | None = None
 
 
-def raise_refusal(refused: Refused) -> NoReturn:
+def raise_refusal(refused: Refused, admission: Admission | None = None) -> NoReturn:
     """Raises the Problem that a refusal of the Redis layer is to a client."""
-    retry_after_s = refused.retry_after_ms / 1000
     match refused.reason:
         case "ended":
             raise SessionEnded
@@ -616,7 +702,7 @@ def raise_refusal(refused: Refused) -> NoReturn:
         case "reused":
             raise MessageIdReused(field="message_id")
         case "limited":
-            raise RateLimited("too many messages in this session", retry_after_s=retry_after_s)
+            raise (admission or Unlimited()).limited(refused.retry_after_ms / 1000)
 
 
 def existing(found: Found | Refused | None) -> Found:

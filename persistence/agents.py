@@ -7,7 +7,7 @@ import msgspec
 
 from persistence.errors import Damaged
 from persistence.keys import Keys
-from persistence.records import Channel
+from persistence.records import Channel, unreadable
 from persistence.scripts import Scripts
 from persistence.sessions import IfBusy, TurnPolicy
 
@@ -21,7 +21,7 @@ Domain = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
 
 
 class RateLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """At most `messages` turns per session in `per_s` seconds."""
+    """At most `messages` turns in `per_s` seconds; a burst may take all of them at once."""
 
     messages: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
     per_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
@@ -31,11 +31,15 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """What an operator sets of an agent: the body of `PUT /api/agents/{agent_id}`.
 
     `graph` names a built-in graph or an entry of langgraph.json, `config` is handed to it. `history_window` counts
-    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any.
+    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any. With
+    `truncate_ip` a visitor's address is not stored whole; a session without activity for `retention_days` is erased.
 
     `site_keys` are the site's own, the newest first: any of them verifies what the site has signed for its visitors, and is
     the site's servers' password. They are written whole, and shown as fingerprints; a fingerprint that is written keeps the
     key that it is of. `require_token` takes minted sessions alone, `require_identity` known users alone.
+
+    Limits, over all pods: `rate_limit` is per session, `domain_rate_limit` per website domain, `agent_rate_limit` for the
+    whole agent; `max_running_turns` at a time; `turns_per_day` by UTC days. Without `active` it answers nobody.
     """
 
     graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
@@ -47,10 +51,16 @@ class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     turn_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60
     if_busy: IfBusy = "queue"
     rate_limit: RateLimit | None = RateLimit(30, 60)
+    agent_rate_limit: RateLimit | None = None
+    domain_rate_limit: RateLimit | None = None
+    max_running_turns: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
+    turns_per_day: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
     require_token: bool = False
     site_keys: Annotated[tuple[SiteKey, ...], msgspec.Meta(max_length=MAX_SITE_KEYS)] = ()
     require_identity: bool = False
     active: bool = True
+    truncate_ip: bool = False
+    retention_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] | None = None
 
     @property
     def policy(self) -> TurnPolicy:
@@ -82,7 +92,7 @@ def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:
     try:
         return AgentDefinition(**msgspec.structs.asdict(msgspec.json.decode(raw, type=_Stored)))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise Damaged(where, "definition", str(error)) from error
+        raise Damaged(where, "definition", unreadable(error)) from error
 
 
 def as_uuid(reference: str) -> str | None:

@@ -67,25 +67,28 @@ def default_partitions(url: str) -> int:
     return CLUSTER_PARTITIONS if is_cluster(url) else 1
 
 
+class UnusableUrl(ValueError):
+    """A URL of no Redis; the message quotes nothing of it but the names of options, for it holds a password."""
+
+
 def connect(url: str) -> Client:
     """A client for `url`; nothing is sent yet.
 
     `redis+sentinel://[user:password@]host[:26379][,host:port...]/<service>[/<db>][?sentinel_username=&sentinel_password=]`
     and `redis+cluster://[user:password@]host[:port][,host:port...]` are this project's spellings; the plain schemes are
-    redis-py's. Raises ValueError on anything else.
+    redis-py's. Raises UnusableUrl, or another ValueError, on anything else.
     """
     parts = urlsplit(url)
     scheme, _, kind = parts.scheme.partition("+")
     if scheme not in ("redis", "rediss"):
-        raise ValueError(
-            f"scheme {parts.scheme!r} is not one of redis, rediss, redis+sentinel, rediss+sentinel, "
-            "redis+cluster, rediss+cluster"
+        raise UnusableUrl(
+            "the scheme is not one of redis, rediss, redis+sentinel, rediss+sentinel, redis+cluster, rediss+cluster"
         )
     query = parse_qs(parts.query)
     allowed = SENTINEL_OPTIONS if kind == "sentinel" else URL_OPTIONS
     for name in query:
         if name not in allowed:
-            raise ValueError(f"option {name} is not one of {', '.join(sorted(allowed))}")
+            raise UnusableUrl(f"option {name} is not one of {', '.join(sorted(allowed))}")
     if not kind:
         return Redis.from_url(url, max_connections=1024, **_options())
     credentials, _, hosts = parts.netloc.rpartition("@")
@@ -97,14 +100,14 @@ def connect(url: str) -> Client:
         options["ssl"] = True
     if kind == "cluster":
         if parts.path.strip("/"):
-            raise ValueError("a cluster has no databases: the URL ends after the hosts")
+            raise UnusableUrl("a cluster has no databases: the URL ends after the hosts")
         nodes = [ClusterNode(host, port) for host, port in _hosts(hosts, 6379)]
         retry = options.pop("retry")
         return RedisCluster(startup_nodes=nodes, max_connections=1024, retry=retry, **options)
     if kind == "sentinel":
         service, _, db = parts.path.strip("/").partition("/")
         if not service:
-            raise ValueError("a Sentinel URL names the service in its path: redis+sentinel://host:26379/<service>")
+            raise UnusableUrl("a Sentinel URL names the service in its path: redis+sentinel://host:26379/<service>")
         sentinel_options = {name: options[name] for name in ("protocol", "socket_timeout", "socket_connect_timeout")}
         sentinel_options |= {"ssl": True} if scheme == "rediss" else {}
         for name in ("username", "password"):
@@ -113,7 +116,7 @@ def connect(url: str) -> Client:
         sentinel = Sentinel(_hosts(hosts, 26379), sentinel_kwargs=sentinel_options, **options, db=int(db or 0))  # type: ignore[no-untyped-call]
         client: Redis = sentinel.master_for(service)
         return client
-    raise ValueError(f"scheme {parts.scheme!r} is not known")
+    raise UnusableUrl("the scheme is redis or rediss, alone or with +sentinel or +cluster")
 
 
 def _hosts(netloc: str, default_port: int) -> list[tuple[str, int]]:
@@ -121,7 +124,7 @@ def _hosts(netloc: str, default_port: int) -> list[tuple[str, int]]:
     for part in netloc.split(","):
         split = urlsplit(f"//{part}")
         if not split.hostname:
-            raise ValueError(f"no host in {netloc!r}")
+            raise UnusableUrl("a host is missing")
         found.append((split.hostname, split.port or default_port))
     return found
 
@@ -142,18 +145,23 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
     except ResponseError as error:
         # redis-py cuts the first word off and keeps it as the code, but for words that it does not know.
         if error.status_code == "ERR" or str(error).startswith("WRONGTYPE") or isinstance(error, ClusterCrossSlotError):
-            raise CommandRefused(f"{type(error).__name__}: {error}") from error
-        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+            raise CommandRefused(_reason(error)) from error
+        raise RedisUnavailable(_reason(error)) from error
     except (TimeoutError, OSError, RedisError, AttributeError) as error:
         # AttributeError is what redis-py ends in when another call drops the connection on which this one is sending.
-        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+        raise RedisUnavailable(_reason(error)) from error
     except RuntimeError as error:
         # How uvloop says that a connection was closed (because of a foreign reply, say) while redis-py was using it.
         if "the handler is closed" not in str(error):
             raise
-        raise RedisUnavailable(f"{type(error).__name__}: {error}") from error
+        raise RedisUnavailable(_reason(error)) from error
     finally:
         task.cancel()
+
+
+def _reason(error: Exception) -> str:
+    """An error in words that can be logged: of a command that it does not know, Redis repeats the arguments."""
+    return f"{type(error).__name__}: {str(error).partition(', with args beginning with')[0]}"
 
 
 def retrieve(task: "asyncio.Future[Any]") -> None:

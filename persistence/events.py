@@ -17,7 +17,7 @@ from persistence.connection import Client
 from persistence.errors import Damaged
 from persistence.keys import Keys, masked
 from persistence.logs import LOG_TTL_MS, Event, Part, log_arguments
-from persistence.records import Session, Turn, decode_session, decode_turn
+from persistence.records import Session, Turn, decode_session, decode_turn, unreadable
 from persistence.scripts import Scripts
 from persistence.sessions import TICKET_MS, Absent, Access, Reason, Refused, access_arguments
 
@@ -122,7 +122,7 @@ def _events(entries: list[Any], where: str) -> tuple[int, list[Event]]:
             for n, (kind, data) in enumerate(_decoder.decode(named[b"events"]), int(named[b"first"])):
                 events.append(Event(n, kind, bytes(data)))
         except (KeyError, ValueError, msgspec.DecodeError) as error:
-            raise Damaged(where, f"event {entry!r}", str(error)) from error
+            raise Damaged(where, f"event {entry!r}", unreadable(error)) from error
     return fence, events
 
 
@@ -169,7 +169,7 @@ class WakeUps:
                 await self._read()
             except Exception as error:
                 # Of any kind: redis-py takes apart whatever comes, and what is no message ends in whatever error it may.
-                log.warning("wakeups.failed", error=f"{type(error).__name__}: {error}")
+                log.warning("wakeups.failed", error=type(error).__name__)
                 await asyncio.sleep(0.2)
 
     async def _read(self) -> None:

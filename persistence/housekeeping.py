@@ -1,4 +1,5 @@
-"""What has to be done from time to time: idle sessions time out, turns of dead pods are let go, lists are trimmed.
+"""What has to be done from time to time: idle sessions time out, old ones are erased, turns of dead pods are let go,
+lists are trimmed.
 
 Called by the worker. Everything here may run in several workers at once and be repeated.
 """
@@ -6,6 +7,7 @@ Called by the worker. Everything here may run in several workers at once and be 
 from datetime import datetime, timedelta
 from itertools import chain
 from time import monotonic, time
+from uuid import UUID
 
 import structlog
 
@@ -14,7 +16,7 @@ from persistence.connection import gather_bounded
 from persistence.errors import Damaged
 from persistence.hydrator import Hydrator
 from persistence.keys import Keys, masked
-from persistence.postgres import Postgres
+from persistence.postgres import Postgres, Transaction
 from persistence.scripts import Scripts
 from persistence.sessions import SessionStore
 
@@ -22,6 +24,8 @@ log = structlog.get_logger()
 
 TIMEOUTS_BATCH = 100
 TIMEOUTS_EVERY_S = 15.0
+RETENTION_BATCH = 100
+RETENTION_EVERY_S = 60.0
 TRIM_BATCH = 500
 TRIM_PARTITIONS = 4
 
@@ -50,6 +54,8 @@ class Housekeeping:
         self._trimming = 0
         self._timeouts_at = 0.0
         self._idle_after: tuple[datetime, str] | None = None
+        self._retention_at = 0.0
+        self._old_after: dict[UUID, tuple[datetime, str]] = {}
 
     async def run_once(self) -> int:
         """One round; how much was done, so that the caller goes on at once while there is more."""
@@ -59,6 +65,11 @@ class Housekeeping:
             if timed_out < TIMEOUTS_BATCH:
                 self._timeouts_at = monotonic() + min(TIMEOUTS_EVERY_S, self._session_timeout_s / 4)
             done += timed_out
+        if monotonic() >= self._retention_at:
+            looked_at = await self.retain()
+            if looked_at < RETENTION_BATCH:
+                self._retention_at = monotonic() + RETENTION_EVERY_S
+            done += looked_at
         return 1 if done >= TIMEOUTS_BATCH else 0
 
     async def reap(self) -> int:
@@ -131,3 +142,43 @@ class Housekeeping:
                 log.info("session.timed_out", session=masked(session_id))
         except Damaged as error:
             log.error("session.damaged", error=str(error))
+
+    async def retain(self) -> int:
+        """Erases sessions that are older than their agent keeps them, one worker at a time; how many of the agent that had
+        most were looked at.
+
+        As with timeouts a round goes on where the one before it stopped. What is erased leaves Postgres through the outbox.
+        """
+        looked_at = [0]
+        async with self._postgres.transaction(60) as lock:
+            if not (await lock.fetch("try_lock_retention"))[0][0]:
+                return 0
+            agents = await lock.fetch("list_retentions")
+            self._old_after = {row["id"]: self._old_after[row["id"]] for row in agents if row["id"] in self._old_after}
+            for row in agents:
+                looked_at.append(await self._retain(lock, row["id"], row["name"], timedelta(days=row["days"])))
+        return max(looked_at)
+
+    async def _retain(self, lock: Transaction, agent_id: UUID, name: str, kept_for: timedelta) -> int:
+        after = self._old_after.pop(agent_id, None) or (None, None)
+        rows = await lock.fetch("old_sessions", agent_id, kept_for, *after, RETENTION_BATCH)
+        hydrator = Hydrator(self._store, lock, self._agents)
+        erased = 0
+        for row in rows:
+            erased += await self._erase(hydrator, row["session_id"], str(agent_id), kept_for)
+        if len(rows) == RETENTION_BATCH:
+            self._old_after[agent_id] = (rows[-1]["last_activity_at"], rows[-1]["session_id"])
+        if erased:
+            log.info("retention.erased", agent=name, sessions=erased, kept=len(rows) - erased)
+        return len(rows)
+
+    async def _erase(self, hydrator: Hydrator, session_id: str, agent_id: str, kept_for: timedelta) -> bool:
+        # Through Redis, as whoever erases it by hand: what is queued goes too, and one that is live again stays.
+        idle_ms = int(kept_for.total_seconds() * 1000)
+        try:
+            return bool(
+                await hydrator.with_session(session_id, lambda: self._store.erase_idle(session_id, agent_id, idle_ms))
+            )
+        except Damaged as error:
+            log.error("session.damaged", error=str(error))
+            return False

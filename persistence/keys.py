@@ -16,12 +16,16 @@ gw:{p}:logs                        hash    permanent, trimmed        lua/append,
                                                                      a field a session, which of its turns have a log
 gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
                                                                      guards lua/hydrate and lua/open
-gw:limit:<bucket>                  string  until it is empty         lua/limit
+gw:limit:{p}:<bucket>              string  until it is empty         lua/limit; buckets: address:<ip>, sessions:<ip>,
+                                                                     agent:<agent_id>, domain:<agent_id>:<domain>
+gw:limit:{p}:day:<agent_id>        string  until midnight UTC        lua/limit (turns of the day)
+gw:limit:{p}:running:<agent_id>    hash    5 s after its pods' last  lua/limit: a field a pod, turns@until_ms
+                                           word
 gw:agent:<agent_id>                hash    permanent                 agents.py
 gw:agent:<name>                    hash    permanent                 agents.py (points at the agent's id)
 gw:meta                            hash    permanent                 connection.py
 
-`p` is `crc16(session_id) % partitions`; everything about one session shares its hash slot.
+`p` is `crc16(session_id) % partitions`; everything about one session shares its hash slot. A limit's is that of its name.
 """
 
 from binascii import crc_hqx
@@ -49,7 +53,7 @@ class Keys:
         self._heads = [f"{prefix}:{{{partition}}}:" for partition in range(partitions)]
 
     def partition(self, session_id: str) -> int:
-        """The partition of a session: CRC16/XMODEM of its id, as Redis Cluster hashes keys, modulo `partitions`."""
+        """The partition of a session or limit: CRC16/XMODEM of its id, as Redis Cluster hashes keys, modulo `partitions`."""
         return crc_hqx(session_id.encode(), 0) % self.partitions
 
     def head(self, session_id: str) -> str:
@@ -91,7 +95,7 @@ class Keys:
 
     def limit(self, bucket: str) -> str:
         """A rate limit that is not about one session."""
-        return f"{self.prefix}:limit:{bucket}"
+        return f"{self.prefix}:limit:{{{self.partition(bucket)}}}:{bucket}"
 
     def permanent(self) -> set[str]:
         """The keys that live without a TTL, agents' apart."""

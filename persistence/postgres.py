@@ -26,6 +26,7 @@ from persistence.records import (
     encode_object,
     iso_from,
     moment,
+    unreadable,
 )
 from persistence.sessions import Snapshot
 from persistence.statements import load_statements
@@ -45,6 +46,22 @@ must never put a good record among the dead letters."""
 
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 """What is not the data's fault. A time-out is an OSError."""
+
+
+TELLING = frozenset(("08", "28", "3D", "42", "53", "55", "57"))
+"""Classes of errors whose text names connections, roles, databases, tables and limits, and no values (PostgreSQL, appendix
+A). Any other may quote a row."""
+
+
+def _reason(error: Exception) -> str:
+    """An error in words that can be logged: nothing of a row, and nothing of the URL."""
+    kind = type(error).__name__
+    if isinstance(error, asyncpg.PostgresError):
+        state = str(error.sqlstate or "")
+        return f"{kind}: {error.args[0]}" if state[:2] in TELLING and error.args else f"{kind} {state}".strip()
+    if isinstance(error, (ValueError, OverflowError)):
+        return f"{kind}: GATEWAY_DATABASE_URL cannot be used"
+    return f"{kind}: {error}"
 
 
 class SessionFilter(msgspec.Struct, frozen=True):
@@ -96,7 +113,7 @@ class Postgres:
             constraint = getattr(error, "constraint_name", None) or ""
             raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error
         except UNREACHABLE as error:
-            raise PostgresUnavailable(f"{type(error).__name__}: {error}") from error
+            raise PostgresUnavailable(_reason(error)) from error
 
     @asynccontextmanager
     async def _connection(self, timeout_s: float) -> AsyncIterator[Connection]:
@@ -107,7 +124,7 @@ class Postgres:
                 pool = await self._open()
                 connection = await pool.acquire()
             except (*UNREACHABLE, ValueError, OverflowError) as error:
-                raise PostgresUnavailable(f"{type(error).__name__}: {error}") from error
+                raise PostgresUnavailable(_reason(error)) from error
             when = limit.when()
             assert when is not None
             cut_off = asyncio.get_running_loop().call_at(when - 0.001, connection.terminate)
@@ -329,7 +346,7 @@ def _object(raw: str, row: asyncpg.Record, field: str) -> dict[str, Any]:
     try:
         return msgspec.json.decode(raw, type=dict[str, Any])
     except msgspec.DecodeError as error:
-        raise Damaged(f"row {row['id']}", field, str(error)) from error
+        raise Damaged(f"row {row['id']}", field, unreadable(error)) from error
 
 
 def _message(row: asyncpg.Record) -> dict[str, Any]:

@@ -140,7 +140,7 @@ def iso_from(moment: datetime) -> str:
 def moment(text: str) -> datetime:
     """Stored text as a moment. Raises ValueError."""
     if not text.endswith("Z"):
-        raise ValueError(f"{text!r} is not a time in UTC")
+        raise ValueError("not a time in UTC")
     return datetime.fromisoformat(text)
 
 
@@ -159,14 +159,20 @@ def decode_turn(raw: bytes | None, where: str, field: str) -> Turn:
     try:
         return _turn_decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Damaged(where, field, str(error)) from error
+        raise Damaged(where, field, unreadable(error)) from error
+
+
+def unreadable(error: Exception) -> str:
+    """Why a stored value could not be read, in words that hold nothing of it: what is damaged may be anybody's text."""
+    return f"cannot be read: {type(error).__name__}"
 
 
 def _check_format(text: str, where: str) -> None:
     if text == str(FORMAT):
         return
-    later = text.isascii() and text.isdigit() and len(text) < 10 and int(text) > FORMAT
-    raise (NewerFormat if later else Damaged)(where, "format", f"{text[:40]!r} is not a format this version reads")
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) > FORMAT:
+        raise NewerFormat(where, "format", f"{text} is not a format this version reads")
+    raise Damaged(where, "format", "is not a format this version reads")
 
 
 def decode_session(values: Sequence[bytes], where: str) -> Session:
@@ -182,13 +188,13 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
         _check_format(text[field], where)
         field = "minted"
         if text[field] not in ("0", "1"):
-            raise ValueError(f"{text[field]!r} is neither 0 nor 1")
+            raise Damaged(where, field, "is neither 0 nor 1")
         field = "channel"
         if text[field] not in _CHANNELS:
-            raise ValueError(f"{text[field]!r} is no channel")
+            raise Damaged(where, field, "is no channel")
         field = "status"
         if text[field] not in _STATUSES:
-            raise ValueError(f"{text[field]!r} is no status")
+            raise Damaged(where, field, "is no status")
         numbers = {}
         for field in ("message_count", "turns", "revision"):
             numbers[field] = int(text[field])
@@ -216,7 +222,7 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
             revision=numbers["revision"],
         )
     except (ValueError, AttributeError, RecursionError, msgspec.DecodeError) as error:
-        raise Damaged(where, field, str(error)) from error
+        raise Damaged(where, field, unreadable(error)) from error
 
 
 def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
@@ -229,8 +235,8 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
         if name.encode() not in by_name:
             raise Damaged(where, name, "is missing")
     fact, turn_json = by_name[b"fact"].decode(errors="replace"), by_name[b"turn"]
-    if not _FACT.fullmatch(fact):
-        raise Damaged(where, "fact", f"{fact[:40]!r} is no fact")
+    if not is_fact(fact):
+        raise Damaged(where, "fact", "is no fact")
     session = decode_session([by_name[name.encode()] for name in HEADER], where)
     if not session.session_id:
         raise Damaged(where, "session_id", "is empty")
@@ -249,11 +255,16 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
         try:
             check(value)
         except ValueError as error:
-            raise Damaged(where, name, str(error)) from error
+            raise Damaged(where, name, unreadable(error)) from error
     turn = None
     if fact.startswith("t:"):
         turn = decode_turn(turn_json, where, "turn")
     return Record(entry.decode(), fact, session, turn)
+
+
+def is_fact(text: str) -> bool:
+    """Whether a text names what a record is about."""
+    return _FACT.fullmatch(text) is not None
 
 
 def transcript(turn: Turn, number: int) -> list[StoredMessage]:

@@ -54,7 +54,8 @@ class Access(msgspec.Struct, frozen=True):
 
 
 class TurnPolicy(msgspec.Struct, frozen=True):
-    """What an agent sets for its turns. `hot_turns` bounds both the history given back and the hot window."""
+    """What an agent sets for its turns. `hot_turns` bounds both the history given back and the hot window; a rate limit
+    with `rate_shadow` refuses nothing."""
 
     hot_turns: int
     hot_ttl_s: int
@@ -62,6 +63,7 @@ class TurnPolicy(msgspec.Struct, frozen=True):
     max_waiting: int = 3
     rate_messages: int = 0
     rate_per_s: int = 60
+    rate_shadow: bool = False
 
 
 class NewSession(msgspec.Struct, frozen=True):
@@ -82,13 +84,14 @@ class NewSession(msgspec.Struct, frozen=True):
 
 class Begun(msgspec.Struct):
     """The turn holds the session. `now_ms` is Redis' clock, `turns` the newest ones, oldest first, the first numbered
-    `first`."""
+    `first`. The rate limit is charged for `rate_ahead_ms`: more than its whole time if it would have refused the turn."""
 
     fence: int
     now_ms: int
     session: Session
     first: int
     turns: list[Turn]
+    rate_ahead_ms: int = 0
 
 
 class Replay(msgspec.Struct):
@@ -220,6 +223,7 @@ class SessionStore:
                 "waiter_ms": WAITER_MS,
                 "rate_messages": policy.rate_messages,
                 "rate_ms": policy.rate_per_s * 1000,
+                "rate_shadow": int(policy.rate_shadow),
                 **self._room,
                 "ticket_ms": TICKET_MS,
                 "channel": self._keys.channel(session_id),
@@ -227,9 +231,9 @@ class SessionStore:
         )
         where = f"session {masked(session_id)}"
         match reply:
-            case ["begun", fence, now_ms, first, header, turns]:
+            case ["begun", fence, now_ms, first, header, turns, rate_ahead_ms]:
                 decoded = _turns(turns, first, where)
-                return Begun(int(fence), int(now_ms), decode_session(header, where), first, decoded)
+                return Begun(int(fence), int(now_ms), decode_session(header, where), first, decoded, rate_ahead_ms)
             case ["absent", ticket]:
                 return Absent(ticket)
             case ["replay", number, header, turn]:
@@ -391,6 +395,21 @@ class SessionStore:
 
     async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
         """Erases the session; returns its UUID."""
+        reply = await self._erase(session_id, access, "")
+        match reply:
+            case ["erased", session_uuid]:
+                return str(session_uuid.decode())
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def erase_idle(self, session_id: str, agent_id: str, idle_ms: int) -> bool | Absent:
+        """Erases an agent's session if it was idle for `idle_ms`; whether it did."""
+        reply = await self._erase(session_id, Access(agent_id, authorized=True, trusted=True), idle_ms)
+        return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "erased"
+
+    async def _erase(self, session_id: str, access: Access, idle_ms: int | str) -> list[Any]:
         keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket", "logs")
         logged = ""
         while True:
@@ -401,19 +420,13 @@ class SessionStore:
                 "ticket_ms": TICKET_MS,
                 "channel": self._keys.channel(session_id),
                 "logged": logged,
+                "idle_ms": idle_ms,
             }
             logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
             reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments)
             if reply[0] != "logs":
-                break
+                return reply
             logged = reply[1].decode()
-        match reply:
-            case ["erased", session_uuid]:
-                return str(session_uuid.decode())
-            case ["absent", ticket]:
-                return Absent(ticket)
-            case _:
-                return Refused(reply[0])
 
     async def reap(self, session_id: str) -> str | None:
         """Lets go of a turn whose lease ran out; its turn_id, or None."""

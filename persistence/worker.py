@@ -76,8 +76,8 @@ class Worker:
                 log.warning(f"worker.{what}_failed", error=str(error), retry_in_s=backoff_s)
                 pause_s = backoff_s
                 backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
-            except PersistenceError:
-                log.exception(f"worker.{what}_failed")
+            except PersistenceError as error:
+                log.error(f"worker.{what}_failed", error=f"{type(error).__name__}: {error}", exc_info=True)
                 pause_s = MAX_BACKOFF_S
             if pause_s:
                 try:

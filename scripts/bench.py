@@ -2,6 +2,7 @@
 
 `scripts/bench streams` runs the graph by itself and behind a pod in turn, in one run, and prints medians.
 `scripts/bench drain` (bench_drain.py) queues turns while Postgres is down and measures what happens when it is back.
+`scripts/bench flood` (bench_flood.py) measures what visitors notice of others who send ten times what their limit allows.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from time import perf_counter
 
 import uvloop
 from bench_drain import measure_drain
+from bench_flood import measure_flood
 from bench_servers import KEY, gateway, own_servers
 from redis.asyncio import Redis
 
@@ -38,6 +40,15 @@ def main() -> None:
     drain = commands.add_parser("drain", help="how fast what waited for Postgres arrives")
     drain.add_argument("--turns", type=int, default=100_000, help="turns that wait (100,000)")
     drain.set_defaults(run=measure_drain)
+    flood = commands.add_parser("flood", help="what a flood from others costs normal visitors")
+    flood.add_argument("--rounds", type=int, default=7, help="rounds, calm and flood in turn (7)")
+    flood.add_argument("--seconds", type=float, default=10, help="seconds of each (10)")
+    flood.add_argument("--visitors", type=int, default=50, help="normal visitors (50)")
+    flood.add_argument("--per-s", type=float, default=60, help="messages a second of all visitors together (60)")
+    flood.add_argument("--flooders", type=int, default=3, help="addresses that flood (3)")
+    flood.add_argument("--times", type=float, default=10, help="how many times its limit each sends (10)")
+    flood.add_argument("--delay-ms", type=float, default=0, help="time that the agent takes (0)")
+    flood.set_defaults(run=measure_flood)
     options = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(options.run(options))

@@ -41,6 +41,9 @@ def own_servers(**variables: str) -> Iterator[Servers]:
                 "GATEWAY_ADMIN_KEY": KEY,
                 "GATEWAY_PORT": str(free_port()),
                 "GATEWAY_ADDRESS_RATE_LIMIT": "off",
+                "GATEWAY_ADDRESS_SESSION_LIMIT": "off",
+                "GATEWAY_MAX_STREAMS_PER_ADDRESS": "100000",
+                "GATEWAY_MAX_STREAMS_PER_SESSION": "100000",
                 **variables,
             }
             command = [sys.executable, "-m", "gateway", "migrate"]

@@ -225,6 +225,9 @@ AGENT_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"graph": "echo", "if_busy": "wait"}, "if_busy"),
     ({"graph": "echo", "rate_limit": {"messages": 0, "per_s": 1}}, "rate_limit.messages"),
     ({"graph": "echo", "rate_limit": {"messages": 1}}, "rate_limit.per_s"),
+    ({"graph": "echo", "truncate_ip": "yes"}, "truncate_ip"),
+    ({"graph": "echo", "retention_days": 0}, "retention_days"),
+    ({"graph": "echo", "retention_days": 3651}, "retention_days"),
     ({"graph": "echo", "name": "another"}, "name"),
 ]
 

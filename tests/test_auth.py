@@ -6,7 +6,7 @@ from typing import Any
 import jwt
 import pytest
 
-from gateway.auth import MAX_USER_TOKEN_S, SessionToken, SessionTokens, fingerprint, is_admin, is_one_of, read_user_token
+from gateway.auth import MAX_USER_TOKEN_S, SessionToken, SessionTokens, fingerprint, is_one_of, read_user_token
 
 KEY, OTHER_KEY = "k" * 32, "o" * 32
 TOKEN = SessionToken("session_1234567890_abc", "01900000-0000-7000-8000-000000000000", "shop.example")
@@ -57,29 +57,6 @@ def test_a_token_that_was_changed_says_nothing() -> None:
     _, others, _ = tokens.mint(SessionToken("session_1234567890_xyz", TOKEN.agent_id, TOKEN.website_domain)).split(".")
     assert tokens.verify(f"{head}.{claims}.{signature}") == TOKEN
     assert tokens.verify(f"{head}.{others}.{signature}") is None
-
-
-@pytest.mark.parametrize(
-    ("header", "good"),
-    [
-        ("Bearer the admin key", True),
-        ("bearer  the admin key ", True),
-        ("Bearer the admin ke", False),
-        ("Bearer the admin keys", False),
-        ("Bearer ", False),
-        ("the admin key", False),
-        ("Basic the admin key", False),
-        ("Bearer \u00e4\u00ff", False),
-        ("", False),
-    ],
-)
-def test_only_the_admin_key_is_the_admin_key(header: str, good: bool) -> None:
-    assert is_admin(header, "the admin key") is good
-
-
-def test_without_an_admin_key_nobody_is_admin() -> None:
-    assert not is_admin("Bearer ", "")
-    assert not is_admin("", "")
 
 
 def test_a_token_names_its_key_and_only_that_one_is_tried() -> None:

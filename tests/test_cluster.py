@@ -19,6 +19,7 @@ from gateway.settings import Settings
 from persistence.agents import Agent, AgentDefinition
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
+from persistence.limits import DayTold, Limits, RateTold, RunningTold, Told
 from persistence.postgres import SessionFilter
 from persistence.records import iso
 from persistence.scripts import script_texts
@@ -47,6 +48,7 @@ def settings(cluster: servers.RedisCluster, postgres_server: PostgresServer) -> 
         secret_key=SECRET_KEY,
         admin_key=ADMIN_KEY,
         address_rate_limit="off",
+        address_session_limit="off",
         drain_s=5,
     )
 
@@ -433,6 +435,19 @@ async def test_a_node_that_dies_takes_only_its_own_sessions_along(
 
     await wait_for(back, "the node's sessions are there again", 30)
     assert not await breaches(stores.client, stores.keys)
+
+
+async def test_limits_of_all_slots_are_told_side_by_side(layer: Layer) -> None:
+    limits = Limits(layer.scripts, layer.keys)
+    names = [f"address:2001:db8:{number:x}::/64" for number in range(300)]
+    told: dict[str, Told] = {name: RateTold(2, 1000) for name in names}
+    told |= {"day:an-agent": DayTold(3), "running:an-agent": RunningTold("one", 4, 5000)}
+    learned, error = await limits.tell(told)
+    assert error is None
+    assert {learned[name].value for name in names} == {2000}
+    learned, error = await limits.tell({"day:an-agent": DayTold(1), "running:an-agent": RunningTold("two", 1, 5000)})
+    assert (learned["day:an-agent"].value, learned["running:an-agent"].value) == (4, 4)
+    assert len({layer.keys.partition(name) for name in names}) > 100
 
 
 async def test_a_rate_limit_and_a_stranger_are_judged_on_every_node(layer: Layer) -> None:

@@ -220,6 +220,17 @@ def test_pods_believe_the_visitors_address_which_only_the_balancer_writes(
     assert haproxy_lines.index("frontend public") < dropped < haproxy_lines.index("option forwardfor")
 
 
+def test_nobody_but_a_proxy_of_ones_own_can_say_that_a_call_came_over_tls(haproxy_lines: list[str]) -> None:
+    dropped = haproxy_lines.index("http-request del-header X-Forwarded-Proto")
+    assert haproxy_lines.index("frontend public") < dropped < haproxy_lines.index("default_backend pods")
+
+
+def test_the_admin_key_is_not_taken_in_plain_unless_somebody_switches_that_on(services: dict[str, Service]) -> None:
+    assert not Settings().admin_plaintext
+    for name in PODS:
+        assert "GATEWAY_ADMIN_PLAINTEXT" not in services[name]["environment"]
+
+
 def test_the_balancer_logs_no_path_because_paths_hold_session_ids(haproxy_lines: list[str]) -> None:
     assert "option httplog" not in haproxy_lines
     (log_format,) = (line for line in haproxy_lines if line.startswith("log-format"))

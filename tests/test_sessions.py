@@ -18,7 +18,7 @@ from persistence.connection import Client
 from persistence.errors import CommandRefused, Damaged
 from persistence.events import EventLogs
 from persistence.keys import GROUP
-from persistence.limits import Limits
+from persistence.limits import DayTold, Limits, RateTold, RunningTold, Told
 from persistence.logs import Event, Part
 from persistence.records import HEADER, Session, iso
 from persistence.scripts import Argument, Scripts, script_texts
@@ -1058,14 +1058,24 @@ async def test_repeating_a_script_with_the_same_ids_changes_nothing(layer: Layer
 
 async def test_a_bucket_is_charged_and_forgotten_when_it_is_empty(layer: Layer) -> None:
     limits = Limits(layer.scripts, layer.keys)
-    assert await limits.charge("address", 3, 100) == 300
-    assert 300 < await limits.charge("address", 2, 100.5) <= 501
-    assert await limits.charge("another", 1, 100) == 100
-    assert 0 < await layer.client.pttl(layer.keys.limit("address")) <= 502
+
+    async def ahead_ms(bucket: str, cost: int, interval_ms: float) -> int:
+        learned, error = await limits.tell({bucket: RateTold(cost, interval_ms)})
+        assert error is None
+        return learned[bucket].value
+
+    assert await ahead_ms("address", 3, 100) == 300
+    assert 300 < await ahead_ms("address", 2, 100.5) <= 501
+    assert await ahead_ms("another", 1, 100) == 100
+    # What is given back is not charged, and no bucket has more room than it has.
+    assert 200 < await ahead_ms("address", -2, 100) <= 301
+    assert await ahead_ms("another", -5, 100) == 0
+    assert not await layer.client.exists(layer.keys.limit("another"))
+    assert 0 < await layer.client.pttl(layer.keys.limit("address")) <= 303
     # A bucket whose time has passed may still be there; it is as good as empty.
     await layer.client.execute_command("SET", layer.keys.limit("old"), await layer.redis_ms() - 5000, "PX", 5000)
-    assert await limits.charge("old", 1, 100) == 100
-    for bucket in ("address", "another", "old"):
+    assert await ahead_ms("old", 1, 100) == 100
+    for bucket in ("address", "old"):
         await layer.client.delete(layer.keys.limit(bucket))
 
 
@@ -1144,11 +1154,16 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
         operation = await prepare(recording)
         await operation()
         await recording.flush()
-    await Limits(scripts, layer.keys).charge("bucket", 1, 1000)
+    limits: dict[str, Told] = {
+        "bucket": RateTold(1, 1000),
+        "day:an-agent": DayTold(1),
+        "running:an-agent": RunningTold("a-pod", 1, 5000),
+    }
+    await Limits(scripts, layer.keys).tell(limits)
     await AgentCopies(layer.scripts, layer.keys).put(AGENT)
     await recording.sessions.read(new_id(), ACCESS)
     table = key_table()
-    assert len(table) == 14
+    assert len(table) == 16
     seen: set[str] = set()
     for key in await all_keys(layer.client, layer.keys):
         rows = [row for row in table if fnmatchcase(key, row[0])]
@@ -1161,7 +1176,8 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
         if not key.startswith(("gw:agent:", "gw:meta")):
             assert key in scripts.declared, f"{key} was written, and not declared"
     assert seen == {row[0] for row in table}, "this test did not write every key of the table"
-    await layer.client.delete(layer.keys.limit("bucket"))
+    for limit in limits:
+        await layer.client.delete(layer.keys.limit(limit))
 
 
 def test_no_script_touches_a_key_that_it_did_not_bind_first() -> None:

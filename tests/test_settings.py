@@ -92,6 +92,12 @@ def test_a_misspelt_setting_is_named_with_the_one_that_was_meant() -> None:
         ("SECRET_KEY", "short"),
         ("SECRET_KEY_PREVIOUS", "s" * 31),
         ("ADMIN_KEY", "a" * 15),
+        ("ADMIN_KEY", "eyJ" + "a" * 15),
+        ("ADMIN_KEY", " " + "a" * 20),
+        ("ADMIN_KEY", "\u00e4" * 20),
+        ("ADMIN_KEY_PREVIOUS", "a" * 15),
+        ("ADMIN_KEY_PREVIOUS", "eyJ" + "a" * 15),
+        ("ADMIN_PLAINTEXT", "perhaps"),
         ("KEY_PREFIX", "a:b"),
         ("KEY_PREFIX", "{gw}"),
         ("KEY_PREFIX", "g" * 33),
@@ -99,6 +105,15 @@ def test_a_misspelt_setting_is_named_with_the_one_that_was_meant() -> None:
         ("ADDRESS_RATE_LIMIT", "0/60"),
         ("ADDRESS_RATE_LIMIT", "600/0"),
         ("ADDRESS_RATE_LIMIT", "none"),
+        ("ADDRESS_SESSION_LIMIT", "60"),
+        ("ADDRESS_SESSION_LIMIT", "-1/60"),
+        ("MAX_STREAMS_PER_SESSION", "0"),
+        ("MAX_STREAMS_PER_ADDRESS", "many"),
+        ("LIMIT_MODE", "on"),
+        ("LIMIT_FAILURE", "open"),
+        ("TRUSTED_PROXIES", "balancer"),
+        ("TRUSTED_PROXIES", "10.0.0.0/40"),
+        ("TRUSTED_PROXIES", "10.0.0.1,*"),
         ("GRAPHS", "/nowhere/langgraph.json"),
         ("REDIS_URL", "http://127.0.0.1"),
         ("REDIS_URL", "127.0.0.1:6379"),
@@ -118,10 +133,31 @@ def test_a_wrong_value_stops_the_start_and_the_variable_is_named(name: str, valu
 
 
 def test_no_refusal_shows_a_secret() -> None:
-    for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS", "ADMIN_KEY"):
+    for name in ("SECRET_KEY", "SECRET_KEY_PREVIOUS", "ADMIN_KEY", "ADMIN_KEY_PREVIOUS"):
         assert "hunter2" not in refused(**{name: "hunter2"})
+    for key in ("eyJhunter2hunter2hunter2", " hunter2hunter2hunter2"):
+        assert "hunter2" not in refused(ADMIN_KEY=key)
     assert "hunter2" not in refused(DATABASE_URL="mysql://gateway:hunter2@127.0.0.1/gateway")
-    assert "hunter2" not in refused(REDIS_URL="http://:hunter2@127.0.0.1")
+    for url in (
+        "http://:hunter2@127.0.0.1",
+        "hunter2",
+        "hunter2:6379",
+        "redis://:hunter2/@127.0.0.1:6379",
+        "redis://127.0.0.1:hunter2",
+        "redis://:pass[hunter2@127.0.0.1",
+        "redis+cluster://:hunter2/@127.0.0.1:6379",
+        "redis+sentinel://:hunter2/@127.0.0.1/service",
+        "redis+sentinel://127.0.0.1/service/hunter2",
+        "redis+hunter2://127.0.0.1",
+    ):
+        assert "hunter2" not in refused(REDIS_URL=url), url
+    for url in (
+        "hunter2",
+        "postgresql://gateway:hunter2/@127.0.0.1/gateway",
+        "postgresql://gateway:pass[hunter2@127.0.0.1/gateway",
+        "postgresql://127.0.0.1:hunter2/gateway",
+    ):
+        assert "hunter2" not in refused(DATABASE_URL=url), url
 
 
 def test_the_number_of_partitions_follows_the_kind_of_redis() -> None:
@@ -135,6 +171,15 @@ def test_the_limit_per_address_is_read_or_off() -> None:
     assert load_settings({}).address_limit == (600, 60)
     assert load_settings({"GATEWAY_ADDRESS_RATE_LIMIT": "10/1"}).address_limit == (10, 1)
     assert load_settings({"GATEWAY_ADDRESS_RATE_LIMIT": "off"}).address_limit is None
+    assert load_settings({}).session_limit == (60, 60)
+    assert load_settings({"GATEWAY_ADDRESS_SESSION_LIMIT": "off"}).session_limit is None
+
+
+def test_trusted_proxies_are_addresses_or_networks_or_all() -> None:
+    assert load_settings({}).trusted_networks == []
+    assert load_settings({"GATEWAY_TRUSTED_PROXIES": "*"}).trusted_networks is None
+    read = load_settings({"GATEWAY_TRUSTED_PROXIES": "10.1.2.3/8, 192.0.2.1,2001:db8::/32,"}).trusted_networks
+    assert [str(network) for network in read or ()] == ["10.0.0.0/8", "192.0.2.1/32", "2001:db8::/32"]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:port", "127.0.0.1:99999", "127.0.0.1:1"])

@@ -125,6 +125,8 @@ async def test_500_idle_streams_on_a_pod_are_one_connection_and_little_memory(
         "GATEWAY_REDIS_URL": settings.redis_url,
         "GATEWAY_DATABASE_URL": settings.database_url,
         "GATEWAY_ADDRESS_RATE_LIMIT": "off",
+        "GATEWAY_ADDRESS_SESSION_LIMIT": "off",
+        "GATEWAY_MAX_STREAMS_PER_ADDRESS": "1000",
     }
     listening = await pubsub_connections(stores)
     pod = await GatewayProcess("serve", tmp_path, environment).start()

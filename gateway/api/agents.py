@@ -7,6 +7,7 @@ from starlette.responses import Response
 from gateway.agents import Agents
 from gateway.api.callers import Gatekeeper
 from gateway.api.rendering import answer, check_text, read_body
+from gateway.audit import Operator, audited, changed
 from gateway.auth import fingerprint
 from gateway.runtime import Graphs
 from persistence.agents import Agent, AgentDefinition
@@ -44,25 +45,42 @@ class AgentsApi:
 
     async def list(self, request: Request) -> Response:
         """GET /api/agents"""
-        self._gatekeeper.require_admin(request)
-        return answer(AgentList([view(agent) for agent in await self._agents.list()]))
+        operator = self._gatekeeper.require_admin(request)
+        with audited("agents_listed", operator):
+            agents = await self._agents.list()
+        return answer(AgentList([view(agent) for agent in agents]))
 
     async def show(self, request: Request) -> Response:
         """GET /api/agents/{agent_id}"""
-        self._gatekeeper.require_admin(request)
-        return answer(view(await self._agents.load(request.path_params["agent_id"])))
+        operator = self._gatekeeper.require_admin(request)
+        with audited("agent_shown", operator) as facts:
+            agent = await self._agents.load(request.path_params["agent_id"])
+            facts["agent"] = agent.id
+        return answer(view(agent))
 
     async def put(self, request: Request) -> Response:
         """PUT /api/agents/{agent_id}"""
-        self._gatekeeper.require_admin(request)
+        operator = self._gatekeeper.require_admin(request)
         definition = await read_body(request, self._decoder, self._max_body_bytes)
         check_text(definition.config, "config")
         self._graphs.check(definition)
-        agent, created = await self._agents.put(request.path_params["agent_id"], definition)
+        reference = request.path_params["agent_id"]
+        agent, created = await put_audited(self._agents, reference, definition, operator)
         return answer(view(agent), 201 if created else 200)
 
     async def delete(self, request: Request) -> Response:
         """DELETE /api/agents/{agent_id}"""
-        self._gatekeeper.require_admin(request)
-        await self._agents.delete(request.path_params["agent_id"])
+        operator = self._gatekeeper.require_admin(request)
+        with audited("agent_deleted", operator) as facts:
+            facts["agent"] = (await self._agents.delete(request.path_params["agent_id"])).id
         return Response(status_code=204)
+
+
+async def put_audited(agents: Agents, reference: str, definition: AgentDefinition, operator: Operator) -> tuple[Agent, bool]:
+    """`Agents.put` by an operator: the audit line names the fields that are new, never what is in them."""
+    with audited("agent_put", operator) as facts:
+        old = await agents.find_stored(reference)
+        facts["fields"] = changed(old.definition if old else None, definition)
+        agent, created = await agents.put(reference, definition)
+        facts |= {"agent": agent.id, "created": created}
+    return agent, created

@@ -1,11 +1,15 @@
 """Who calls: the website a request comes from, its session token, user token, site key or admin key, its address."""
 
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 
-from gateway.auth import Expired, SessionToken, SessionTokens, bearer, is_admin, is_one_of, read_user_token
+from gateway.admin import AdminDoor
+from gateway.api.rendering import request_id
+from gateway.audit import Operator
+from gateway.auth import Expired, SessionToken, SessionTokens, is_one_of, read_user_token
 from gateway.domains import AllowedDomains, Origin, normal_domain, read_origin
 from gateway.problems import (
     AdminKeyRequired,
@@ -13,10 +17,12 @@ from gateway.problems import (
     IdentityRequired,
     InvalidField,
     SessionNotFound,
+    TlsRequired,
     TokenInvalid,
     TokenRequired,
     UserTokenInvalid,
 )
+from gateway.settings import TOKEN_BEGINS
 from persistence.agents import Agent
 from persistence.sessions import Access
 
@@ -33,6 +39,7 @@ class Caller:
     """What a request says of its sender. The domain of the Origin header goes before one in the body."""
 
     def __init__(self, request: Request, metadata: dict[str, Any] | None = None, user_token: str | None = None) -> None:
+        self.request = request
         headers = request.headers
         metadata = metadata or {}
         origins = headers.getlist("origin")
@@ -44,11 +51,37 @@ class Caller:
         else:
             self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
         self.user_agent = (headers.get("user-agent") or _text(metadata, "user_agent", 10_000))[:MAX_USER_AGENT]
-        self.ip_address = request.client.host[:45] if request.client else ""
-        self.authorization = headers.get("authorization", "")
-        self.token = bearer(self.authorization)
+        self.ip_address = address_of(request)
+        self.token = bearer(request)
         # Two that differ are one too many: which of them is meant is not for us to guess.
         self.user_tokens = {token for token in (user_token, headers.get("x-user-token")) if token is not None}
+
+
+def address_of(request: Request) -> str:
+    """The address that a request comes from, as gateway/proxies.py has found it; empty when there is none."""
+    return request.client.host if request.client else ""
+
+
+def bearer(request: Request) -> str:
+    """The credentials of an `Authorization: Bearer` header (RFC 6750); empty without."""
+    scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
+    return credentials.strip() if scheme.lower() == "bearer" else ""
+
+
+def kept_address(address: str, *, truncate: bool) -> str:
+    """An address as it is stored: whole, or without what tells one visitor from the next (the last 8 bits of IPv4, the
+    last 80 of IPv6)."""
+    if not truncate:
+        return address
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        # Nobody knows which part of it names the visitor.
+        return ""
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
+        return str(IPv6Address(int(parsed) >> 80 << 80))
+    whole = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else parsed
+    return str(IPv4Address(int(whole or 0) >> 8 << 8))
 
 
 def _text(metadata: dict[str, Any], name: str, longest: int) -> str:
@@ -65,18 +98,33 @@ class Gatekeeper:
     that there are not; what depends on the session itself, lua/prelude's `refusal` decides, atomically.
     """
 
-    def __init__(self, tokens: SessionTokens, admin_key: str) -> None:
+    def __init__(self, tokens: SessionTokens, door: AdminDoor) -> None:
         self._tokens = tokens
-        self._admin_key = admin_key
+        self._door = door
         self._domains: dict[str, AllowedDomains] = {}
 
-    def require_admin(self, request: Request) -> None:
-        """Raises AdminKeyRequired."""
-        if not self.is_admin(request):
+    def require_admin(self, request: Request) -> Operator:
+        """The operator who calls. Raises AdminKeyRequired, TlsRequired, RateLimited."""
+        operator = self.operator(request)
+        if operator is None:
             raise AdminKeyRequired
+        return operator
 
-    def is_admin(self, request: Request) -> bool:
-        return is_admin(request.headers.get("authorization", ""), self._admin_key)
+    def operator(self, request: Request) -> Operator | None:
+        """The operator, if the request carries an admin key; a visitor's session token is never taken for one.
+
+        Anything else is counted as a guess, once a request, so ask this after all that the credentials may be besides.
+        Raises TlsRequired, RateLimited.
+        """
+        given = bearer(request)
+        if not given or given.startswith(TOKEN_BEGINS):
+            return None
+        if not hasattr(request.state, "operator"):
+            address = address_of(request)
+            key = self._door.try_key(given, address, request.url.scheme, request.headers, request_id(request))
+            request.state.operator = Operator(address, request_id(request), key) if key else None
+        operator: Operator | None = request.state.operator
+        return operator
 
     def domains(self, agent: Agent) -> AllowedDomains:
         """The agent's allowed domains, made ready once per definition."""
@@ -156,11 +204,17 @@ class Gatekeeper:
             raise SessionNotFound
         return token
 
+    def is_site(self, caller: Caller, agent: Agent) -> bool:
+        """Whether the site's own server calls."""
+        return bool(caller.token) and is_one_of(caller.token, agent.definition.site_keys)
+
     def _is_trusted(self, caller: Caller, agent: Agent) -> bool:
-        """Whether the site's own server calls, or an operator."""
-        if not caller.token:
+        """Whether the site's own server calls, or an operator. Raises RateLimited."""
+        try:
+            return self.is_site(caller, agent) or self.operator(caller.request) is not None
+        except TlsRequired:
+            # Where visitors call too, what nobody may look at is most likely a token that is no good.
             return False
-        return is_one_of(caller.token, agent.definition.site_keys) | is_admin(caller.authorization, self._admin_key)
 
     def _require_domain(self, caller: Caller, agent: Agent, has_token: bool) -> None:
         allowed = self.domains(agent)

@@ -1,5 +1,6 @@
 """`/api/chat`: a visitor's messages."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import msgspec
@@ -7,9 +8,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper, UserToken
+from gateway.api.callers import Caller, Gatekeeper, UserToken, address_of, kept_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
-from gateway.limits import AddressLimiter
+from gateway.limits import Admission, Limiter
+from gateway.open_streams import OpenStreams
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
 from gateway.runtime import AgentRuntime
 from gateway.streams import Streams, TurnLog, render
@@ -94,7 +96,8 @@ class ChatApi:
         history: History,
         logs: EventLogs,
         gatekeeper: Gatekeeper,
-        limiter: AddressLimiter | None,
+        limiter: Limiter,
+        open_streams: OpenStreams,
         *,
         max_body_bytes: int,
         max_message_chars: int,
@@ -106,6 +109,7 @@ class ChatApi:
         self._logs = logs
         self._gatekeeper = gatekeeper
         self._limiter = limiter
+        self._open_streams = open_streams
         self._max_body_bytes = max_body_bytes
         self._max_message_chars = max_message_chars
         self._decoder = msgspec.json.Decoder(MessageBody)
@@ -113,16 +117,23 @@ class ChatApi:
 
     async def message(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/message"""
-        agent, turn = await self._read(request)
-        return answer(await self._runtime.execute(agent, turn))
+        agent, turn, admission = await self._read(request)
+        result = await self._runtime.execute(agent, turn, admission)
+        return answer(result, headers=admission.headers())
 
     async def stream(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/stream"""
-        agent, turn = await self._read(request)
-        begun = await self._runtime.stream(agent, turn)
-        if isinstance(begun, TurnLog):
-            return event_stream(render(begun, None))
-        return event_stream(await self._streams.open_turn(turn.session_id, begun.turn_id, turn.access, None))
+        with self._open_streams.enter(address_of(request)) as stream:
+            agent, turn, admission = await self._read(request, stream.check)
+            begun = await self._runtime.stream(agent, turn, admission)
+            if isinstance(begun, TurnLog):
+                events = render(begun, None)
+            else:
+                # The turn is another call's: any number of these may come.
+                stream.check(turn.session_id)
+                events = await self._streams.open_turn(turn.session_id, begun.turn_id, turn.access, None)
+            stream.join(turn.session_id)
+            return event_stream(events, stream.hand_over(), admission.headers())
 
     async def resume(self, request: Request) -> Response:
         """GET /api/chat/{agent_id}/turns/{turn_id}/stream"""
@@ -133,7 +144,11 @@ class ChatApi:
         turn_id = as_uuid(request.path_params["turn_id"])
         if turn_id is None:
             raise TurnNotFound
-        return event_stream(await self._streams.open_turn(session_id, turn_id, access, cursor))
+        with self._open_streams.enter(address_of(request)) as stream:
+            events = await self._streams.open_turn(session_id, turn_id, access, cursor)
+            stream.check(session_id)
+            stream.join(session_id)
+            return event_stream(events, stream.hand_over())
 
     async def cancel(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/cancel"""
@@ -163,8 +178,11 @@ class ChatApi:
         self._gatekeeper.require_origin(caller, agent)
         return agent, caller
 
-    async def _read(self, request: Request) -> tuple[Agent, TurnRequest]:
-        """The agent and the message of a request that may be answered."""
+    async def _read(
+        self, request: Request, check_session: Callable[[str], None] | None = None
+    ) -> tuple[Agent, TurnRequest, Admission]:
+        """The agent and the message of a request that may be answered, once it has been charged to its limits."""
+        self._limiter.check_address(address_of(request))
         agent, _ = await self._enter(request)
         body = await read_body(request, self._decoder, self._max_body_bytes)
         self._check(body)
@@ -172,9 +190,7 @@ class ChatApi:
             raise AgentInactive
         caller = Caller(request, body.metadata, body.user_token)
         access = self._gatekeeper.access(caller, agent, body.session_id, begins=True)
-        if self._limiter is not None:
-            self._limiter.admit(caller.ip_address)
-        return agent, TurnRequest(
+        turn = TurnRequest(
             session_id=body.session_id,
             message=body.message,
             metadata=body.metadata,
@@ -184,9 +200,14 @@ class ChatApi:
             audio_duration_ms=body.audio_duration_ms,
             if_busy=body.if_busy,
             access=access,
-            ip_address=caller.ip_address,
+            ip_address=kept_address(caller.ip_address, truncate=agent.definition.truncate_ip),
             user_agent=caller.user_agent,
         )
+        if check_session is not None:
+            check_session(body.session_id)
+        await self._limiter.meet(agent)
+        # Nothing behind this can fail before the turn has taken the admission over.
+        return agent, turn, self._limiter.admit_turn(agent, caller.ip_address, caller.website_domain)
 
     def _check(self, body: MessageBody) -> None:
         if len(body.message) > self._max_message_chars:

@@ -1,7 +1,7 @@
 """Requests in, answers out: reading bodies and queries with their bounds, rendering answers and problems."""
 
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 
 import msgspec
@@ -9,6 +9,7 @@ import structlog
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 from uuid_utils.compat import uuid7
 
 from gateway.logs import frames
@@ -54,10 +55,25 @@ def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None)
     return Response(_encoder.encode(value), status, {**NO_STORE, **(headers or {})}, "application/json")
 
 
-def event_stream(events: AsyncIterator[bytes]) -> Response:
-    """Server-Sent Events (WHATWG HTML, section 9.2); no proxy may hold them back."""
-    headers = {**NO_STORE, "X-Accel-Buffering": "no"}
-    return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+class EventStream(StreamingResponse):
+    """An answer that says when it has ended, also one whose events nobody began to read."""
+
+    def __init__(self, events: AsyncIterator[bytes], headers: dict[str, str], on_end: Callable[[], None]) -> None:
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._on_end = on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._on_end()
+
+
+def event_stream(
+    events: AsyncIterator[bytes], on_end: Callable[[], None], headers: dict[str, str] | None = None
+) -> Response:
+    """Server-Sent Events (WHATWG HTML, section 9.2); no proxy may hold them back. `on_end` is called at their end."""
+    return EventStream(events, {**NO_STORE, "X-Accel-Buffering": "no", **(headers or {})}, on_end)
 
 
 def read_cursor(request: Request) -> Cursor | None:
@@ -82,7 +98,7 @@ def problem_response(problem: Problem, request: Request) -> Response:
         retry_after=retry_after,
         field=problem.field,
     )
-    headers = dict(NO_STORE)
+    headers = {**NO_STORE, **problem.headers}
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
     if problem.status == 401:
@@ -124,7 +140,10 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
     """Handler of everything else: a defect. The text of the error stays in the log."""
-    log.error("request.crashed", error=type(error).__name__, frames=frames(error), request_id=request_id(request))
+    if not hasattr(request.state, "crashed"):
+        # Once, though it is rendered for the page by api/cors.py and then comes to Starlette's own handler.
+        request.state.crashed = True
+        log.error("request.crashed", error=type(error).__name__, frames=frames(error), request_id=request_id(request))
     return problem_response(Problem(), request)
 
 
@@ -170,6 +189,8 @@ def invalid_field(error: msgspec.ValidationError) -> InvalidField:
     """The problem that names the field of a validation error."""
     match = _FIELD.match(str(error))
     what, where = (match["what"], match["where"] or "") if match else (str(error), "")
+    # The value itself is not repeated: it may be a secret that was put into the wrong field.
+    what = "Invalid enum value" if what.startswith("Invalid enum value") else what
     named = re.search(r"field `([^`]+)`", what)
     field = ".".join(part for part in (where.lstrip("."), named[1] if named else "") if part) or "body"
     return InvalidField(f"{field}: {what[0].lower()}{what[1:]}", field=field)

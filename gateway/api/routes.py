@@ -56,7 +56,8 @@ class Endpoint(msgspec.Struct, frozen=True):
 def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsApi, widget: WidgetApi) -> list[Endpoint]:
     """Every endpoint, the more particular path before the more general."""
     body = (400, 413, 415, 422)
-    session = (401, 404, 500, 503)
+    session = (401, 403, 404, 429, 500, 503)
+    admin = (401, 403, 429, 503)
     return [
         Endpoint(
             "POST",
@@ -84,7 +85,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             chat.resume,
             "Go on with the stream of a turn, behind Last-Event-ID",
             {200: AsyncIterator},
-            (*session, 403, 422),
+            (*session, 403, 422, 429),
             query=StreamQuery,
             guard="session",
         ),
@@ -113,7 +114,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             sessions.events,
             "Watch a session's turns as they happen",
             {200: AsyncIterator},
-            (*session, 422),
+            (*session, 422, 429),
             guard="session",
         ),
         Endpoint(
@@ -122,7 +123,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             sessions.open,
             "Open a session, or find it",
             {201: OpenedSession, 200: OpenedSession},
-            (*body, *session, 403, 410, 429),
+            (*body, *session, 410),
             body=OpenBody,
             guard="session",
         ),
@@ -132,7 +133,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             sessions.statistics,
             "Totals over sessions",
             {200: StatisticsAnswer},
-            (401, 404, 422, 503),
+            (*admin, 404, 422),
             query=StatisticsQuery,
             guard="admin",
         ),
@@ -142,7 +143,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             sessions.list,
             "List live and stored sessions",
             {200: ListAnswer},
-            (401, 404, 422, 503),
+            (*admin, 404, 422),
             query=ListQuery,
             guard="admin",
         ),
@@ -183,14 +184,14 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             session,
             guard="session",
         ),
-        Endpoint("GET", "/api/agents", agents.list, "List agents", {200: AgentList}, (401, 503), guard="admin"),
+        Endpoint("GET", "/api/agents", agents.list, "List agents", {200: AgentList}, admin, guard="admin"),
         Endpoint(
             "GET",
             "/api/agents/{agent_id}",
             agents.show,
             "Show an agent",
             {200: AgentAnswer},
-            (401, 404, 503),
+            (*admin, 404),
             guard="admin",
         ),
         Endpoint(
@@ -199,7 +200,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             agents.put,
             "Create an agent, or replace its definition",
             {201: AgentAnswer, 200: AgentAnswer},
-            (*body, 401, 404, 409, 503),
+            (*body, *admin, 404, 409),
             body=AgentDefinition,
             guard="admin",
         ),
@@ -209,7 +210,7 @@ def endpoints(chat: ChatApi, sessions: SessionsApi, agents: AgentsApi, ops: OpsA
             agents.delete,
             "Delete an agent",
             {204: None},
-            (401, 404, 503),
+            (*admin, 404),
             guard="admin",
         ),
         Endpoint("GET", "/healthz", ops.alive, "Whether the process answers", {200: Alive}),

@@ -11,10 +11,12 @@ from starlette.responses import Response
 from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
-from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken
+from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address
 from gateway.api.rendering import answer, check_text, event_stream, read_body, read_cursor, read_query
+from gateway.audit import Operator, audited
 from gateway.auth import SessionToken, SessionTokens
-from gateway.limits import AddressLimiter
+from gateway.limits import Admission, Limiter
+from gateway.open_streams import OpenStreams
 from gateway.problems import (
     AgentInactive,
     AgentNotFound,
@@ -28,9 +30,11 @@ from gateway.problems import (
     UserTokenInvalid,
 )
 from gateway.streams import Streams
-from gateway.turns import SessionId, existing, raise_refusal
+from gateway.turns import Outcome, SessionId, existing, raise_refusal
+from persistence.errors import Damaged
 from persistence.history import OPERATOR, History
 from persistence.hydrator import Hydrator
+from persistence.keys import masked
 from persistence.postgres import SessionFilter
 from persistence.records import Channel, Role, Session, iso_from
 from persistence.sessions import Access, NewSession, Opened, Refused, SessionStore
@@ -161,7 +165,8 @@ class SessionsApi:
         streams: Streams,
         gatekeeper: Gatekeeper,
         tokens: SessionTokens,
-        limiter: AddressLimiter | None,
+        limiter: Limiter,
+        open_streams: OpenStreams,
         *,
         max_body_bytes: int,
     ) -> None:
@@ -173,11 +178,13 @@ class SessionsApi:
         self._gatekeeper = gatekeeper
         self._tokens = tokens
         self._limiter = limiter
+        self._open_streams = open_streams
         self._max_body_bytes = max_body_bytes
         self._decoder = msgspec.json.Decoder(OpenBody)
 
     async def open(self, request: Request) -> Response:
         """POST /api/sessions"""
+        self._limiter.check_address(address_of(request))
         body = await read_body(request, self._decoder, self._max_body_bytes)
         check_text(body.metadata, "metadata")
         agent = await self._agents.load(body.agent_id)
@@ -195,8 +202,6 @@ class SessionsApi:
         else:
             access = self._gatekeeper.access(caller, agent, body.session_id, begins=True)
         session_id = body.session_id or f"{MINTED}{token_urlsafe(24)}"
-        if self._limiter is not None:
-            self._limiter.admit(caller.ip_address)
         new = NewSession(
             id=str(uuid7()),
             session_id=session_id,
@@ -204,7 +209,7 @@ class SessionsApi:
             channel=body.channel or definition.channels[0],
             website_domain=caller.website_domain,
             user_id=access.user_id,
-            ip_address=caller.ip_address,
+            ip_address=kept_address(caller.ip_address, truncate=definition.truncate_ip),
             user_agent=caller.user_agent,
             metadata=body.metadata,
             minted=body.session_id is None,
@@ -212,7 +217,13 @@ class SessionsApi:
         )
         # A token is given out for a session that is there: one that is not has been erased since, and stays so.
         known = body.session_id is not None and (definition.require_token or (access.authorized and not access.trusted))
-        opened = await self._open(new, access, may_create=not known)
+        admission = self._limiter.admit_open(caller.ip_address)
+        outcome: Outcome = "refused"
+        try:
+            opened = await self._open(new, access, admission, may_create=not known)
+            outcome = "ran"
+        finally:
+            admission.settle(outcome)
         session = opened.session
         token = SessionToken(session.session_id, agent.id, session.website_domain, session.user_id)
         return answer(
@@ -225,13 +236,17 @@ class SessionsApi:
                 started_at=session.started_at,
             ),
             201 if opened.created else 200,
+            admission.headers(),
         )
 
-    async def _open(self, new: NewSession, access: Access, *, may_create: bool) -> Opened:
+    async def _open(self, new: NewSession, access: Access, admission: Admission, *, may_create: bool) -> Opened:
         ticket = 0
         for _ in range(OPEN_ATTEMPTS):
+            if new.minted or ticket:
+                admission.reserve_session()
             outcome = await self._store.open(new, ticket=ticket, authorized=access.authorized, trusted=access.trusted)
             if isinstance(outcome, Opened):
+                admission.session_created(outcome.created)
                 return outcome
             if isinstance(outcome, Refused):
                 raise_refusal(outcome)
@@ -245,57 +260,79 @@ class SessionsApi:
     async def show(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        found = await self._history.find_session(session_id, await self._access(request, session_id))
-        return answer(_view(existing(found).session))
+        access, operator = await self._access(request, session_id)
+        with audited("session_shown", operator, session=masked(session_id)) as facts:
+            session = existing(await self._history.find_session(session_id, access)).session
+            facts["id"] = session.id
+        return answer(_view(session))
 
     async def messages(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/messages"""
         query = read_query(request, MessagesQuery)
         session_id = _session_id(request)
-        access = await self._access(request, session_id)
-        page = existing(await self._history.find_messages(session_id, access, query.before, query.limit))
+        access, operator = await self._access(request, session_id)
+        with audited("transcript_shown", operator, session=masked(session_id)) as facts:
+            page = existing(await self._history.find_messages(session_id, access, query.before, query.limit))
+            facts["messages"] = len(page.messages)
         views = [msgspec.convert(message, MessageView, from_attributes=True) for message in page.messages]
         return answer(MessagesAnswer(views, page.next_before))
 
     async def events(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}/events"""
         session_id = _session_id(request)
-        access = await self._access(request, session_id)
-        return event_stream(await self._streams.open_feed(session_id, access, read_cursor(request)))
+        access, operator = await self._access(request, session_id)
+        with (
+            self._open_streams.enter(address_of(request)) as stream,
+            audited("session_followed", operator, session=masked(session_id)),
+        ):
+            events = await self._streams.open_feed(session_id, access, read_cursor(request))
+            stream.check(session_id)
+            stream.join(session_id)
+            return event_stream(events, stream.hand_over())
 
     async def end(self, request: Request) -> Response:
         """POST /api/sessions/{session_id}/end"""
         session_id = _session_id(request)
-        access = await self._access(request, session_id)
-        ended: Session | Refused | None = await self._hydrator.with_session(
-            session_id, lambda: self._store.end(session_id, access)
-        )
-        return answer(_view(existing(ended)))
+        access, operator = await self._access(request, session_id)
+        with audited("session_ended", operator, session=masked(session_id)) as facts:
+            ended: Session | Refused | None = await self._hydrator.with_session(
+                session_id, lambda: self._store.end(session_id, access)
+            )
+            session = existing(ended)
+            facts["id"] = session.id
+        return answer(_view(session))
 
     async def erase(self, request: Request) -> Response:
         """DELETE /api/sessions/{session_id}"""
         session_id = _session_id(request)
-        access = await self._access(request, session_id)
-        erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
-        existing(erased)
+        access, operator = await self._access(request, session_id)
+        with audited("session_erased", operator, session=masked(session_id)) as facts:
+            erased = await self._hydrator.with_session(session_id, lambda: self._store.erase(session_id, access))
+            facts["id"] = existing(erased)
         return Response(status_code=204)
 
-    async def _access(self, request: Request, session_id: str) -> Access:
-        """The caller's access to a session. Its agent, which the path does not name, is asked of the session itself.
+    async def _access(self, request: Request, session_id: str) -> tuple[Access, Operator | None]:
+        """The caller's access to a session, and the operator who calls. Its agent, which the path does not name, is asked of
+        the session itself.
 
-        Whatever does not let the caller in is told as if there were no such session.
+        Whatever does not let a visitor in is told as if there were no such session.
         """
-        if self._gatekeeper.is_admin(request):
-            return OPERATOR
         caller = Caller(request)
         try:
             found = existing(await self._history.find_session(session_id, OPERATOR))
             agent = await self._agents.load(found.session.agent_id)
-        except (SessionNotFound, AgentNotFound):
+        except (SessionNotFound, AgentNotFound, Damaged) as error:
+            # An operator may erase what is damaged.
+            if operator := self._gatekeeper.operator(request):
+                return OPERATOR, operator
             self._gatekeeper.refuse_absent(caller, session_id)
+            if isinstance(error, Damaged):
+                raise
             raise SessionNotFound from None
+        if not self._gatekeeper.is_site(caller, agent) and (operator := self._gatekeeper.operator(request)):
+            return OPERATOR, operator
         try:
-            return self._gatekeeper.access(caller, agent, session_id)
+            return self._gatekeeper.access(caller, agent, session_id), None
         except (DomainNotAllowed, IdentityRequired) as problem:
             raise SessionNotFound from problem
         except UserTokenInvalid as problem:
@@ -308,10 +345,11 @@ class SessionsApi:
 
     async def statistics(self, request: Request) -> Response:
         """GET /api/sessions/stats"""
-        self._gatekeeper.require_admin(request)
+        operator = self._gatekeeper.require_admin(request)
         query = read_query(request, StatisticsQuery)
         agent = await self._agents.load(query.agent_id) if query.agent_id else None
-        totals = await self._history.load_statistics(agent.id if agent else None)
+        with audited("statistics_shown", operator, agent=agent.id if agent else None):
+            totals = await self._history.load_statistics(agent.id if agent else None)
         average = totals.messages / totals.total_sessions if totals.total_sessions else 0.0
         return answer(
             StatisticsAnswer(
@@ -325,11 +363,13 @@ class SessionsApi:
 
     async def list(self, request: Request) -> Response:
         """GET /api/sessions"""
-        self._gatekeeper.require_admin(request)
+        operator = self._gatekeeper.require_admin(request)
         query = read_query(request, ListQuery)
         agent = await self._agents.load(query.agent_id) if query.agent_id else None
         which = SessionFilter(agent.id if agent else None, query.status, query.website_domain, query.channel)
-        listed = await self._history.list_sessions(which, _decode_cursor(query.cursor), query.limit + 1)
+        with audited("sessions_listed", operator, agent=which.agent_id) as facts:
+            listed = await self._history.list_sessions(which, _decode_cursor(query.cursor), query.limit + 1)
+            facts["sessions"] = min(len(listed), query.limit)
         more, listed = len(listed) > query.limit, listed[: query.limit]
         views = [
             ListedAnswer(

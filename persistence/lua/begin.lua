@@ -7,9 +7,11 @@
 --      user_id ('' none), trusted (1 | 0), message_id ('' none), digest (of the message),
 --      lease_ms, hot_turns (how many of the newest turns to return), hot_ttl_s,
 --      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
---      rate_messages (0: no limit) per rate_ms, max_backlog and max_backlog_bytes (of the outbox), ticket_ms, channel
+--      rate_messages (0: no limit) per rate_ms, rate_shadow (1: the limit refuses nothing), max_backlog and
+--      max_backlog_bytes (of the outbox), ticket_ms, channel
 -- replies (each followed by session_id and nonce)
---   begun      fence, now_ms, first turn number returned, header, turns
+--   begun      fence, now_ms, first turn number returned, header, turns, ms that the rate limit is charged beyond now: more
+--              than rate_ms when it would have refused the turn
 --   absent     ticket: hydrate or open under it, then begin again
 --   replay     turn number, header, the turn's JSON: message_id was answered before
 --   busy       lease_left_ms, 1 when it is this message_id that runs, id of the turn that runs
@@ -48,11 +50,13 @@ end
 
 if session.status == 'ended' then return reply('ended') end
 
-local function begun(fence)
-  return reply('begun', fence, now, first, header(session), hot_turns(session_key, first, turns))
+local function begun(fence, rate_ahead_ms)
+  return reply('begun', fence, now, first, header(session), hot_turns(session_key, first, turns), math.ceil(rate_ahead_ms))
 end
 
-if session.turn == args.turn_id then return begun(session.turn_fence) end
+if session.turn == args.turn_id then
+  return begun(session.turn_fence, math.max((tonumber(session.rate_tat_ms) or 0) - now, 0))
+end
 
 -- Waiters are `turn_id@dropped_at_ms`, in order of arrival.
 local waiting, position = {}, nil
@@ -88,12 +92,16 @@ if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) th
 end
 
 -- Generic cell rate algorithm (ITU-T I.371): one timestamp a session, a burst of the whole limit.
-local rate_tat_ms = session.rate_tat_ms
+local rate_tat_ms, rate_ahead_ms = session.rate_tat_ms, 0
 if tonumber(args.rate_messages) > 0 then
   local tat = math.max(tonumber(rate_tat_ms) or 0, now) + args.rate_ms / args.rate_messages
   local wait = tat - args.rate_ms - now
-  if wait > 0 then return reply('limited', math.ceil(wait)) end
-  rate_tat_ms = string.format('%.3f', tat)
+  rate_ahead_ms = tat - now
+  if wait <= 0 then
+    rate_tat_ms = string.format('%.3f', tat)
+  elseif args.rate_shadow ~= '1' then
+    return reply('limited', math.ceil(wait))
+  end
 end
 
 if position then table.remove(waiting, position) end
@@ -107,4 +115,4 @@ store(session_key, session, {
 redis.call('PERSIST', session_key)
 redis.call('ZADD', running_key, now + args.lease_ms, args.session_id)
 redis.call('PUBLISH', args.channel, args.turn_id)
-return begun(fence)
+return begun(fence, rate_ahead_ms)

@@ -6,9 +6,11 @@
 --      8 ticket string, 9 logs hash, 10 ... events streams of the turns named by args.logged
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
 --      user_id ('' none), trusted (1 | 0), group, ticket_ms, channel,
---      logged (ids of the turns that have a log, separated by a space, as far as the caller knows)
+--      logged (ids of the turns that have a log, separated by a space, as far as the caller knows),
+--      idle_ms ('' : whatever it does; else only if nothing happened on it for so long)
 -- replies (each followed by session_id and nonce)
---   erased  id (uuid), also when it was erased before
+--   erased  id (uuid), also when it was erased before, but for one that was to be idle
+--   kept    it is not idle, or has been erased already
 --   logs    what `logged` should be: call again with it and its keys
 --   absent  ticket
 --   foreign | unauthorized
@@ -22,10 +24,18 @@ local function reply(word, ...) return {word, args.session_id, args.nonce, ...} 
 local session = load(session_key)
 if not session then return absent(fence_key, ticket_key, args) end
 local refused = refusal(session, args)
-if refused == 'erased' then return reply('erased', session.id) end
+if refused == 'erased' then
+  if args.idle_ms ~= '' then return reply('kept') end
+  return reply('erased', session.id)
+end
 if refused then return reply(refused) end
 -- A damaged session can be erased as long as its id can be read.
 if not session.id or session.id == '' then return reply('damaged', 'id') end
+if args.idle_ms ~= '' then
+  local last = from_iso(session.last_activity_at)
+  if not last then return reply('damaged', 'last_activity_at') end
+  if session.turn ~= '' or now_ms() - last < tonumber(args.idle_ms) then return reply('kept') end
+end
 
 local turn_ids = {}
 for index, one in ipairs(live_logs(logs_key, args.session_id, now_ms())) do turn_ids[index] = one[1] end

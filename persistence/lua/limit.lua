@@ -1,14 +1,72 @@
 #!lua
--- Charges turns to a rate limit that is shared by all pods, and tells how far ahead of time it is.
--- Generic cell rate algorithm (ITU-T I.371), kept as one timestamp that expires by itself.
+-- Tells the limits that all pods share what one pod has let through, any number of them at once, and what all have.
+-- Rates: generic cell rate algorithm (ITU-T I.371), one timestamp a bucket that expires by itself.
 --
--- KEYS 1 limit string
--- ARGV session_id (the bucket's name), nonce, cost (turns), interval_ms (time that one turn costs)
--- replies charged, session_id, nonce, ahead_ms (how far the bucket is charged beyond now)
-local limit_key = KEYS[1]
+-- KEYS any number of limits: 1 ... string (rate, day) or hash (running)
+-- ARGV session_id ('': no session's), nonce, and under the number of each key one of
+--        rate <cost> <interval_ms>         turns (given back when negative), and the time that one costs
+--        day <cost>                        turns of this UTC day (given back when negative)
+--        running <pod> <count> <life_ms>   turns that run on this pod now, which counts for so long
+-- replies told, session_id, nonce, then for each key
+--   rate     ms that the bucket is charged beyond now
+--   day      turns of all pods, ms until midnight
+--   running  turns of the other pods, 0
+local limit_keys = {}
+for i = 1, #KEYS do limit_keys[i] = KEYS[i] end
 local args = named(ARGV)
-
 local now = now_ms()
-local ahead = math.max(tonumber(redis.call('GET', limit_key) or 0) - now, 0) + args.cost * args.interval_ms
-redis.call('SET', limit_key, string.format('%d', now + ahead), 'PX', string.format('%d', math.ceil(ahead) + 1))
-return {'charged', args.session_id, args.nonce, math.ceil(ahead)}
+
+local function rate(limit_key, cost, interval_ms)
+  local charged_until = tonumber(redis.call('GET', limit_key) or 0) or 0
+  local ahead = math.max(math.max(charged_until - now, 0) + cost * interval_ms, 0)
+  if ahead == 0 then
+    redis.call('DEL', limit_key)
+  else
+    redis.call('SET', limit_key, string.format('%.3f', now + ahead), 'PX', string.format('%d', math.ceil(ahead) + 1))
+  end
+  return {math.ceil(ahead), 0}
+end
+
+local function day(limit_key, cost)
+  local midnight = (math.floor(now / 86400000) + 1) * 86400000
+  local turns = whole(redis.call('GET', limit_key)) or 0
+  if cost ~= 0 then
+    turns = math.max(turns + cost, 0)
+    redis.call('SET', limit_key, string.format('%d', turns), 'PXAT', string.format('%d', midnight))
+  end
+  return {turns, midnight - now}
+end
+
+local function running(limit_key, pod, count, life_ms)
+  if count > 0 then
+    redis.call('HSET', limit_key, pod, string.format('%d@%d', count, now + life_ms))
+  else
+    redis.call('HDEL', limit_key, pod)
+  end
+  local others = 0
+  local flat = redis.call('HGETALL', limit_key)
+  for i = 1, #flat, 2 do
+    local turns, until_ms = string.match(flat[i + 1], '^(%d+)@(%d+)$')
+    if not turns or tonumber(until_ms) <= now then
+      redis.call('HDEL', limit_key, flat[i])
+    elseif flat[i] ~= pod then
+      others = others + turns
+    end
+  end
+  redis.call('PEXPIRE', limit_key, life_ms)
+  return {others, 0}
+end
+
+local reply = {'told', args.session_id, args.nonce}
+for i, limit_key in ipairs(limit_keys) do
+  local words = {}
+  for word in string.gmatch(args[tostring(i)], '%S+') do words[#words + 1] = word end
+  if words[1] == 'rate' then
+    reply[#reply + 1] = rate(limit_key, tonumber(words[2]), tonumber(words[3]))
+  elseif words[1] == 'day' then
+    reply[#reply + 1] = day(limit_key, tonumber(words[2]))
+  else
+    reply[#reply + 1] = running(limit_key, words[2], tonumber(words[3]), tonumber(words[4]))
+  end
+end
+return reply

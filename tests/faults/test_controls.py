@@ -196,8 +196,8 @@ def options(control: Control, source: Path) -> Options:
         source=source,
         eviction=control.eviction,
         together=0,
-        patience_s=15,
-        drain_s=30,
+        patience_s=8,
+        drain_s=10,
     )
 
 

@@ -57,6 +57,7 @@ def settings(kind: str, proxy: Proxy, cluster: servers.RedisCluster, postgres_se
         secret_key=SECRET_KEY,
         admin_key=ADMIN_KEY,
         address_rate_limit="off",
+        address_session_limit="off",
         drain_s=5,
     )
 

@@ -55,6 +55,7 @@ async def processes(
         "GATEWAY_REDIS_URL": redis_server.url,
         "GATEWAY_DATABASE_URL": postgres_server.url,
         "GATEWAY_ADDRESS_RATE_LIMIT": "off",
+        "GATEWAY_ADDRESS_SESSION_LIMIT": "off",
         "GATEWAY_LEASE_S": str(LEASE_S),
     }
     found = Processes(environment, tmp_path_factory.mktemp("pods"))

@@ -131,6 +131,7 @@ def environment_of(settings: Settings) -> dict[str, str]:
         "GATEWAY_REDIS_URL": settings.redis_url,
         "GATEWAY_DATABASE_URL": settings.database_url,
         "GATEWAY_ADDRESS_RATE_LIMIT": "off",
+        "GATEWAY_ADDRESS_SESSION_LIMIT": "off",
     }
 
 

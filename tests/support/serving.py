@@ -42,7 +42,9 @@ async def wait_for(condition: Any, what: str, limit_s: float = 15.0) -> Any:
 async def served(pod: Pod) -> AsyncIterator[httpx.AsyncClient]:
     """Serves a pod from this process over real HTTP; gives a client for it."""
     port = free_port()
-    server = QuietServer(uvicorn.Config(pod.app, host=HOST, port=port, log_config=None, lifespan="on", ws="none"))
+    server = QuietServer(
+        uvicorn.Config(pod.app, host=HOST, port=port, log_config=None, lifespan="on", ws="none", proxy_headers=False)
+    )
     task = asyncio.create_task(server.serve())
     await wait_for(lambda: server.started or task.done(), "the pod starts")
     if task.done():

@@ -1,0 +1,6 @@
+-- The agents that keep sessions for a time only, and how many days.
+-- (no parameters)
+SELECT id, name, (definition ->> 'retention_days')::int AS days
+FROM agents
+WHERE definition ->> 'retention_days' IS NOT NULL
+ORDER BY id
