@@ -39,6 +39,7 @@ class Caller:
     """What a request says of its sender. The domain of the Origin header goes before one in the body."""
 
     def __init__(self, request: Request, metadata: dict[str, Any] | None = None, user_token: str | None = None) -> None:
+        self.request = request
         headers = request.headers
         metadata = metadata or {}
         origins = headers.getlist("origin")

@@ -69,9 +69,9 @@ class Cors:
             await self._app(scope, receive, send_readable)
         except Exception as error:
             # What nobody foresaw is rendered outside of this middleware; a page could not read it there.
-            if started:
-                raise
-            await (await on_unexpected(Request(scope), error))(scope, receive, send_readable)
+            if not started:
+                await (await on_unexpected(Request(scope), error))(scope, receive, send_readable)
+            raise
 
     async def _preflight(self, origin: str, reference: str | None, scope: Scope, receive: Receive, send: Send) -> None:
         agent = None

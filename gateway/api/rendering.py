@@ -170,7 +170,10 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
     """Handler of everything else: a defect. The text of the error stays in the log."""
-    log.error("request.crashed", error=type(error).__name__, frames=frames(error), request_id=request_id(request))
+    if not hasattr(request.state, "crashed"):
+        # Once, though it is rendered for the page by api/cors.py and then comes to Starlette's own handler.
+        request.state.crashed = True
+        log.error("request.crashed", error=type(error).__name__, frames=frames(error), request_id=request_id(request))
     return problem_response(Problem(), request)
 
 

@@ -311,10 +311,11 @@ class SessionsApi:
             facts["id"] = existing(erased)
         return Response(status_code=204)
 
-    async def _access(self, request: Request, session_id: str) -> Access:
-        """The caller's access to a session. Its agent, which the path does not name, is asked of the session itself.
+    async def _access(self, request: Request, session_id: str) -> tuple[Access, Operator | None]:
+        """The caller's access to a session, and the operator who calls. Its agent, which the path does not name, is asked of
+        the session itself.
 
-        Whatever does not let the caller in is told as if there were no such session.
+        Whatever does not let a visitor in is told as if there were no such session.
         """
         caller = Caller(request)
         found = agent = None
@@ -331,9 +332,13 @@ class SessionsApi:
             if not isinstance(failed, (SessionNotFound, AgentNotFound)):
                 raise failed
             self._gatekeeper.refuse_absent(caller, session_id)
+            if isinstance(error, Damaged):
+                raise
             raise SessionNotFound from None
+        if not self._gatekeeper.is_site(caller, agent) and (operator := self._gatekeeper.operator(request)):
+            return OPERATOR, operator
         try:
-            return self._gatekeeper.access(caller, agent, session_id)
+            return self._gatekeeper.access(caller, agent, session_id), None
         except (DomainNotAllowed, IdentityRequired) as problem:
             raise SessionNotFound from problem
         except UserTokenInvalid as problem:

@@ -20,6 +20,7 @@ from tests.support.visiting import Flush, Rows, new_session_id, post_message, pr
 
 KEY, OLD_KEY, BANK_KEY = "shop-site-key-" + "s" * 32, "shop-site-key-" + "o" * 32, "bank-site-key-" + "b" * 32
 ABSENT, ABSENT_MINTED = "session_1_that_nobody_has_begun", "gs_that_the_gateway_never_minted"
+NO_TOKEN = "eyJhbGciOiJIUzI1NiJ9.e30.nonsense"
 NESTED = urlsafe_b64encode(b"[" * 3000).decode() + ".e30.AAAA"
 Session = dict[str, Any]
 
@@ -236,17 +237,17 @@ async def test_learning_whether_a_session_exists_from_how_a_stranger_is_refused(
     strangers = [
         (of_another_site, "anywhere", at(EVIL)),
         (of_another_site, "anywhere", at("null")),
-        (of_another_site, "anywhere", at(EVIL, **bearer("nonsense"))),
+        (of_another_site, "anywhere", at(EVIL, **bearer(NO_TOKEN))),
         (owned, "shop", at(SHOP)),
         (owned, "shop", as_user("user-2")),
-        (owned, "shop", at(SHOP, **bearer("nonsense"))),
+        (owned, "shop", at(SHOP, **bearer(NO_TOKEN))),
     ]
     for session_id, agent, headers in strangers:
         for name in WITHOUT_BEGINNING:
             there = await call(client, name, session_id, headers, agent)
             assert 400 <= there.status_code < 500
             assert shape(there) == shape(await call(client, name, ABSENT, headers, agent)), (name, headers)
-    for headers in (at(SHOP), at(EVIL), {}, at(SHOP, **bearer("nonsense")), as_user("user-2")):
+    for headers in (at(SHOP), at(EVIL), {}, at(SHOP, **bearer(NO_TOKEN)), as_user("user-2")):
         for name in CALLS:
             there = await call(client, name, minted["session_id"], headers)
             assert 400 <= there.status_code < 500
@@ -502,6 +503,7 @@ async def test_a_sites_server_speaks_for_its_own_website(
 
 
 async def test_guessing_a_site_key(client: httpx.AsyncClient, owned: str) -> None:
+    """What is neither a token nor the agent's key may be the admin key, so guesses at it are counted as such."""
     for key in (KEY[:-1], KEY + "x", KEY.upper(), "sha256:" + "0" * 12, "x" * 40):
         await refused(client, ["message"], owned, bearer(key), 401, "session_token_invalid")
     for name in HARMLESS:
