@@ -52,7 +52,6 @@ class Caller:
             self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
         self.user_agent = (headers.get("user-agent") or _text(metadata, "user_agent", 10_000))[:MAX_USER_AGENT]
         self.ip_address = address_of(request)
-        self.request = request
         self.token = bearer(headers.get("authorization", ""))
         # Two that differ are one too many: which of them is meant is not for us to guess.
         self.user_tokens = {token for token in (user_token, headers.get("x-user-token")) if token is not None}

@@ -26,6 +26,7 @@ from gateway.problems import (
     InvalidField,
     Problem,
     RedisDown,
+    SessionErased,
     SessionNotFound,
     TokenRequired,
     UserTokenInvalid,
@@ -311,9 +312,8 @@ class SessionsApi:
             facts["id"] = existing(erased)
         return Response(status_code=204)
 
-    async def _access(self, request: Request, session_id: str) -> tuple[Access, Operator | None]:
-        """The caller's access to a session, and the operator who calls. Its agent, which the path does not name, is asked of
-        the session itself.
+    async def _access(self, request: Request, session_id: str) -> Access:
+        """The caller's access to a session. Its agent, which the path does not name, is asked of the session itself.
 
         Whatever does not let a visitor in is told as if there were no such session.
         """
@@ -324,21 +324,21 @@ class SessionsApi:
             found = existing(await self._history.find_session(session_id, OPERATOR))
             agent = await self._agents.load(found.session.agent_id)
         except (Problem, PersistenceError) as error:
+            # An operator may erase what is damaged.
             failed = error
-        # What is a site's key is no guess at the admin's.
+        # A site's key is no guess at the admin's.
         if not (agent and self._gatekeeper.is_site(caller, agent)) and self._gatekeeper.operator(request) is not None:
             return OPERATOR
+        if isinstance(failed, SessionErased):
+            # Nothing is left of it but where it was: who was not there is told what everybody is who asks for none.
+            return Access("", caller.website_domain)
         if found is None or agent is None:
-            if not isinstance(failed, (SessionNotFound, AgentNotFound)):
-                raise failed
             self._gatekeeper.refuse_absent(caller, session_id)
-            if isinstance(error, Damaged):
-                raise
-            raise SessionNotFound from None
-        if not self._gatekeeper.is_site(caller, agent) and (operator := self._gatekeeper.operator(request)):
-            return OPERATOR, operator
+            if isinstance(failed, (SessionNotFound, AgentNotFound)):
+                raise SessionNotFound from failed
+            raise failed
         try:
-            return self._gatekeeper.access(caller, agent, session_id), None
+            return self._gatekeeper.access(caller, agent, session_id)
         except (DomainNotAllowed, IdentityRequired) as problem:
             raise SessionNotFound from problem
         except UserTokenInvalid as problem:

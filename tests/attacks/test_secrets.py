@@ -451,9 +451,7 @@ async def test_reading_secrets_from_a_crash(
         assert WORDS not in answer.text
     assert WORDS not in str(logs)
     told = [(line["event"], line["error"]) for line in logs if "error" in line]
-    # What pages call, the gateway answers itself; the rest uvicorn hears of too.
-    crashed = ("request.crashed", "RuntimeError")
-    assert told == [crashed, crashed, ("library.logged", "RuntimeError from ValueError")]
+    assert told == [("request.crashed", "RuntimeError"), ("library.logged", "RuntimeError from ValueError")] * 2
     assert (await client.get(f"/api/sessions/{session_id}")).status_code == 200
 
 
