@@ -220,12 +220,12 @@ async def test_smuggling_a_request_by_a_second_content_length(url: str) -> None:
 
 TRAILED = (
     b"GET /api/agents HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
-    b"0\r\nAuthorization: Bearer " + ADMIN_KEY.encode() + b"\r\nX-Forwarded-For: 192.0.2.1\r\n\r\n"
+    b"0\r\nAuthorization: Bearer " + ADMIN_KEY.encode() + b"\r\n\r\n"
 )
 
 
 async def test_forging_a_header_behind_the_body(url: str) -> None:
-    """A proxy that guards X-Forwarded-For or Authorization guards them in heads."""
+    """A proxy that guards Authorization, or X-Forwarded-For, guards them in heads."""
     answer = await ask(url, TRAILED)
     assert answer is not None
     assert (answer.status, answer.code) == (401, "admin_key_required")

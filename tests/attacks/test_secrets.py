@@ -400,7 +400,6 @@ async def test_the_scene_had_every_kind_of_failure(scene: Scene) -> None:
     for words in (
         "Task exception was never retrieved",
         "Exception in callback",
-        "Invalid HTTP request received",
         "shop.graph",
     ):
         assert words in said

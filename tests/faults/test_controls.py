@@ -102,6 +102,7 @@ CONTROLS = {
         ],
         ("worker-killed",),
         {"doubled"},
+        seconds=15,
         workers=1,
     ),
     "the fence is ignored": Control(
@@ -144,8 +145,8 @@ CONTROLS = {
             ),
             Edit(
                 "persistence/lua/prelude.lua",
-                "  redis.call('PERSIST', key)\nend\n\n-- The one rule",
-                "  redis.call('PEXPIRE', key, session.hot_ttl_s * 1000)\nend\n\n-- The one rule",
+                "  redis.call('PERSIST', key)\nend\n\n-- An anonymous session",
+                "  redis.call('PEXPIRE', key, session.hot_ttl_s * 1000)\nend\n\n-- An anonymous session",
             ),
             LATE,
         ],
@@ -213,7 +214,7 @@ async def test_without_its_guard_the_chaos_is_red(name: str, tmp_path: Path) -> 
 async def test_with_every_guard_what_only_makes_moments_longer_breaks_nothing(tmp_path: Path) -> None:
     slowed = [control for control in CONTROLS.values() if {LATE, SLOW, UNSENT} & set(control.edits)]
     faults = tuple(dict.fromkeys(fault for control in slowed for fault in control.faults))
-    control = Control([LATE, SLOW, UNSENT], faults, set(), seconds=25)
+    control = Control([LATE, SLOW, UNSENT], faults, set(), seconds=40)
     outcome = await run(options(control, tree(tmp_path / "source", control.edits)))
     assert {window.names[0] for window in outcome.windows} == set(faults)
     assert not outcome.verdict.breaches(), report(outcome)

@@ -76,14 +76,14 @@ async def empty(redis_server: RedisServer, cluster: servers.RedisCluster, settin
 
 @pytest.fixture
 def plant(kind: str, proxy: Proxy, stores: Stores) -> Plant:
-    """Puts a reply where the next call will read it: the reply to `command`. The sockets that hold it, if any do."""
+    """Puts a reply where the next calls will read it: the reply to `command`. The sockets that hold it, if any do."""
 
-    async def plant(*command: str | int) -> list[asyncio.StreamWriter]:
+    async def plant(*command: str | int, times: int = 1) -> list[asyncio.StreamWriter]:
         if kind == "cluster":
-            return await leave_reply(stores.client, *command)
+            return [socket for _ in range(times) for socket in await leave_reply(stores.client, *command)]
         proxy.replies.clear()
         await stores.client.execute_command(*command)
-        proxy.plant, proxy.plants = b"".join(proxy.replies), 1
+        proxy.plant, proxy.plants = b"".join(proxy.replies) * times, 1
         return []
 
     return plant
@@ -165,7 +165,9 @@ async def test_without_the_check_another_visitors_words_are_shown(
     victim = await beside(stores, session_id)
     for visitor, words in ((session_id, "Hello"), (victim, SECRET)):
         await say(client, visitor, words)
-    await plant(*question(stores.keys, victim))
+    # So that the agent is known, and Redis is asked just twice: who may look, and what was said.
+    assert await transcript(client, session_id) == ["Hello", "You said: Hello"]
+    await plant(*question(stores.keys, victim), times=2)
     monkeypatch.setattr(Scripts, "_belongs", TrustingScripts._belongs)
     assert await transcript(client, session_id) == [SECRET, f"You said: {SECRET}"]
     await drop_connections(stores.client)
