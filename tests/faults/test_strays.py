@@ -83,7 +83,7 @@ def plant(kind: str, proxy: Proxy, stores: Stores) -> Plant:
             return [socket for _ in range(times) for socket in await leave_reply(stores.client, *command)]
         proxy.replies.clear()
         await stores.client.execute_command(*command)
-        proxy.plant, proxy.plants = b"".join(proxy.replies) * times, 1
+        proxy.plant, proxy.plants = b"".join(proxy.replies), times
         return []
 
     return plant
