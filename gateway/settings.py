@@ -84,11 +84,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Longest message of a visitor."""
     address_rate_limit: str = "600/60"
     """Turns per client address as messages/seconds, over all pods; or off."""
-    address_session_limit: str = "60/60"
-    """New sessions per client address as sessions/seconds, over all pods; or off."""
-    max_streams_per_session: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 8
+    address_session_limit: str = ""
+    """New sessions per client address as sessions/seconds, over all pods; or off. Empty: 300/60, or off where turns are."""
+    max_streams_per_session: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 64
     """Streams of one session that may be open on one pod."""
-    max_streams_per_address: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 100
+    max_streams_per_address: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1000
     """Streams of one client address that may be open on one pod."""
     limit_mode: Literal["enforce", "shadow", "off"] = "enforce"
     """shadow counts what the limits would refuse, and refuses nothing; off looks at none of them."""
@@ -117,7 +117,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     @property
     def session_limit(self) -> tuple[int, int] | None:
         """Sessions and seconds, or None for no limit."""
-        return _rate(self.address_session_limit)
+        return _rate(self.address_session_limit or ("off" if self.address_rate_limit == "off" else "300/60"))
 
     @property
     def trusted_networks(self) -> Sequence[Network] | None:
@@ -194,7 +194,7 @@ def _check_limits(settings: Settings) -> None:
         ("RATE", "messages", settings.address_rate_limit),
         ("SESSION", "sessions", settings.address_session_limit),
     ):
-        if value != "off" and not re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,5}", value):
+        if value not in ("", "off") and not re.fullmatch(r"[1-9]\d{0,8}/[1-9]\d{0,5}", value):
             raise SettingsError(f"GATEWAY_ADDRESS_{name}_LIMIT is neither {what}/seconds, such as 60/60, nor off")
     try:
         _ = settings.trusted_networks

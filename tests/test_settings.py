@@ -171,7 +171,8 @@ def test_the_limit_per_address_is_read_or_off() -> None:
     assert load_settings({}).address_limit == (600, 60)
     assert load_settings({"GATEWAY_ADDRESS_RATE_LIMIT": "10/1"}).address_limit == (10, 1)
     assert load_settings({"GATEWAY_ADDRESS_RATE_LIMIT": "off"}).address_limit is None
-    assert load_settings({}).session_limit == (60, 60)
+    assert load_settings({}).session_limit == (300, 60)
+    assert load_settings({"GATEWAY_ADDRESS_RATE_LIMIT": "off"}).session_limit is None
     assert load_settings({"GATEWAY_ADDRESS_SESSION_LIMIT": "off"}).session_limit is None
 
 
