@@ -379,7 +379,6 @@ async def test_finding_a_conversation_in_a_cache_or_a_referrer(client: httpx.Asy
         ("GET", "/nothing"),
         ("GET", "/healthz"),
         ("GET", "/metrics"),
-        ("GET", "/openapi.json"),
     ):
         answers.append(await client.request(method, path))
     preflight = {"Origin": "https://shop.example", "Access-Control-Request-Method": "POST"}
