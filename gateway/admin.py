@@ -11,6 +11,7 @@ from ipaddress import IPv6Address, ip_address
 from time import monotonic
 
 from gateway.audit import refused
+from gateway.buckets import network
 from gateway.problems import RateLimited, TlsRequired
 
 FAILURES = 10
@@ -57,36 +58,26 @@ class FailedAttempts:
 
     def wait_s(self, address: str) -> float:
         """How long no key from this address is compared; 0 when one is."""
-        ends_at, failures = self._windows.get(network_of(address), (0.0, 0))
+        ends_at, failures = self._windows.get(network(address), (0.0, 0))
         left_s = ends_at - self._clock()
         return left_s if left_s > 0 and failures >= FAILURES else 0.0
 
     def count(self, address: str) -> None:
         """Notes a wrong key."""
-        now, network = self._clock(), network_of(address)
-        ends_at, failures = self._windows.get(network, (0.0, 0))
+        now, client = self._clock(), network(address)
+        ends_at, failures = self._windows.get(client, (0.0, 0))
         if ends_at <= now:
-            self._windows.pop(network, None)
+            self._windows.pop(client, None)
             self._make_room(now)
             ends_at, failures = now + PER_S, 0
-        self._windows[network] = (ends_at, failures + 1)
+        self._windows[client] = (ends_at, failures + 1)
 
     def _make_room(self, now: float) -> None:
-        for network, (ends_at, _) in list(self._windows.items()):
-            if ends_at > now and len(self._windows) < REMEMBERED:
+        while self._windows:
+            client = next(iter(self._windows))
+            if self._windows[client][0] > now and len(self._windows) < REMEMBERED:
                 break
-            del self._windows[network]
-
-
-def network_of(address: str) -> str:
-    """Whom an address stands for: itself, or the /64 that one IPv6 customer is given."""
-    try:
-        parsed = ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
-        return f"{IPv6Address(int(parsed) >> 64 << 64)}/64"
-    return address
+            del self._windows[client]
 
 
 class AdminDoor:

@@ -76,6 +76,7 @@ class Bounds:
         "meeting",
         "others",
         "running",
+        "telling_day",
         "untold_day",
     )
 
@@ -87,6 +88,8 @@ class Bounds:
         self.learned_s = 0.0
         self.day = 0
         self.untold_day = 0
+        # Told, and not known to be heard yet: these have been let through as well.
+        self.telling_day = 0
         self.day_ends_s = monotonic() + DAY_S - time() % DAY_S
         self.asked_s = monotonic()
         self.meeting: asyncio.Task[None] | None = None
@@ -94,6 +97,15 @@ class Bounds:
     def elsewhere(self, now: float) -> int:
         """Turns that run on other pods, as long as that can be true."""
         return self.others if now - self.learned_s < RUNNING_LIFE_MS / 1000 else 0
+
+    @property
+    def today(self) -> int:
+        """Turns of today, those included that no other pod knows of."""
+        return self.day + self.telling_day + self.untold_day
+
+    def is_today(self, day_ends_s: float) -> bool:
+        """Whether a day that ends then is this one. What Redis says of its end comes some milliseconds sooner or later."""
+        return abs(day_ends_s - self.day_ends_s) < DAY_S / 2
 
     def turn_day(self, now: float) -> None:
         """Begins a new day at midnight (UTC)."""

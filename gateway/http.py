@@ -4,18 +4,21 @@ follows an answer that came before the whole request, and how long a client may 
 Used by whoever serves a pod: `uvicorn.Config(..., http=http_protocol())`. The bounds of bodies are in `api/rendering.py`.
 
 What always holds: a connection whose client does nothing is closed after a time, whatever it did before; what it can make
-this process keep is bounded; trailer fields are dropped, so that no proxy's word about a client can be forged in them; and
+this process keep is bounded; trailer fields are dropped, so that no proxy's word about a client can be forged in them; a
+request's body is its body, whatever other protocol it asks for; who is being answered hears that the client has gone; and
 whatever comes in that is not answered by the application is answered by a problem document, if by anything at all.
 """
 
 import asyncio
 import logging
+import sys
 from http import HTTPStatus
 from typing import Any, NoReturn
 
+import httptools
 import msgspec
 from uuid_utils.compat import uuid7
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.api.rendering import encode_problem, problem_headers
 from gateway.problems import HeadTooLarge, HeadTooSlow, InvalidRequest, Problem, UriTooLong
@@ -66,6 +69,11 @@ class HttpProtocol(HttpToolsProtocol):
         self._end_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
+        # The request that is being answered; uvicorn keeps the one that came last.
+        self._answered: RequestResponseCycle | None = None
+        self._data = b""
+        # The request asks for another protocol: its head is to be read again, without that.
+        self._reads_again = False
 
     # ------------------------------------------------------------------------------------------------ the connection
 
@@ -81,11 +89,20 @@ class HttpProtocol(HttpToolsProtocol):
         self._unset_keepalive_if_required()
         self._deaf = True
         super().connection_lost(exc)
+        if self._answered is not None and not self._answered.response_complete:
+            # uvicorn tells the request that came last, which may wait behind this one.
+            self._answered.disconnected = True
+            self._answered.message_event.set()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._answered = cycle
+        super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
         if self._deaf:
             return
         self._idle_bytes += len(data)
+        self._data = data
         super().data_received(data)
         if self._deaf:
             return
@@ -131,6 +148,11 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+        if self.parser.should_upgrade():
+            if self.parser.get_method() == b"CONNECT":
+                self._stop_parsing(InvalidRequest("no proxy"))
+            self._reads_again = True
+            return
         super().on_headers_complete()
         self._in_head, self._in_body, self._idle_bytes = False, True, 0
 
@@ -139,11 +161,33 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._reads_again:
+            return
         self._in_body, self._idle_bytes = False, 0
         if self._end_timer is not None:
             self._end_timer.cancel()
             self._end_timer = None
         super().on_message_complete()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Answers a request that asks for another protocol as if it did not (RFC 9110, section 7.8).
+
+        httptools takes what follows the head of such a request for that protocol: a body would be missing, and a part of it
+        that comes later would be read as another request. So the head is read once more, without that field.
+        """
+        error = sys.exc_info()[1]
+        assert isinstance(error, httptools.HttpParserUpgrade)
+        rest = self._data[error.args[0] :]
+        version = self.parser.get_http_version()
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, version.encode())]
+        lines += [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        self._reads_again, self._idle_bytes = False, 0
+        if any(b"\n" in value for _, value in self.headers):
+            self._refuse(InvalidRequest("a header field of two lines"))
+            return
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.data_received(b"\r\n".join([*lines, b"", b""]) + rest)
 
     # ------------------------------------------------------------------------------------------------------- refusals
 

@@ -200,7 +200,7 @@ class Limiter:
         if quota is None or bounds is None:
             return
         bounds.turn_day(now)
-        if bounds.day + bounds.untold_day >= quota:
+        if bounds.today >= quota:
             left_s = bounds.day_ends_s - now
             headers = rate_headers([("day", RateLimit(quota, DAY_S), 0, left_s)])
             self._refuse("day", QuotaExhausted(retry_after_s=left_s, headers=headers))
@@ -280,6 +280,7 @@ class Limiter:
             told[f"running:{agent_id}"] = RunningTold(self._pod, one.running, RUNNING_LIFE_MS)
             told[f"day:{agent_id}"] = DayTold(one.untold_day)
             days[agent_id], one.untold_day = one.untold_day, 0
+            one.telling_day += days[agent_id]
         if not told:
             return
         learned, error = await self._limits.tell(told)
@@ -302,6 +303,7 @@ class Limiter:
     def _learn_bounds(bounds: Bounds, cost: int, running: Learned | None, day: Learned | None, now: float) -> None:
         if running is not None:
             bounds.others, bounds.learned_s = running.value, now
+        bounds.telling_day -= cost
         if day is not None:
             bounds.day, bounds.day_ends_s = day.value, now + day.left_ms / 1000
         else:
@@ -439,7 +441,7 @@ class Admission:
             if outcome == "refused" or name != "address":
                 self._limiter.give_back(*charge)
         bounds = self._limiter.bounds(self.agent) if self.agent is not None else None
-        if bounds is not None and bounds.day_ends_s == self._day_ends_s:
+        if bounds is not None and self._day_ends_s is not None and bounds.is_today(self._day_ends_s):
             bounds.untold_day -= 1
 
     def headers(self) -> dict[str, str]:

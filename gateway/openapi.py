@@ -53,6 +53,10 @@ HEADER_PARAMETERS: dict[str, dict[str, Any]] = {
         "description": "The id of the last event that was received; the stream goes on behind it",
         "schema": {"type": "string", "pattern": "^([0-9]{1,15}-[0-9]{1,16})?$"},
     },
+    "X-User-Token": {
+        "description": "A JWT with which the agent's site says who its visitor is: as `user_token` in bodies",
+        "schema": {"type": "string"},
+    },
     "If-None-Match": {"description": "The ETag of what is known", "schema": {"type": "string"}},
 }
 _TEXT = {"type": "string"}
@@ -106,6 +110,11 @@ def openapi_document(table: Sequence[Endpoint], version: str) -> dict[str, Any]:
                     "scheme": "bearer",
                     "description": "A session's token, where the gateway made the session's id: the `session_token` that "
                     "`POST /api/sessions` answered with",
+                },
+                "site": {
+                    "type": "http",
+                    "scheme": "bearer",
+                    "description": "One of the agent's `site_keys`: for the site's own servers",
                 },
                 "admin": {"type": "http", "scheme": "bearer", "description": "The admin key"},
             },
@@ -164,7 +173,8 @@ def _operation(endpoint: Endpoint, by_kind: dict[Any, Any], components: dict[str
             {"name": name, "in": "query", "required": name in schema.get("required", []), "schema": field}
             for name, field in schema["properties"].items()
         ]
-    parameters += [{"name": name, "in": "header", "required": False, **HEADER_PARAMETERS[name]} for name in endpoint.headers]
+    headers = (*endpoint.headers, *(("X-User-Token",) if endpoint.guard == "session" else ()))
+    parameters += [{"name": name, "in": "header", "required": False, **HEADER_PARAMETERS[name]} for name in headers]
     if parameters:
         operation["parameters"] = parameters
     if endpoint.body is not None:
@@ -173,7 +183,7 @@ def _operation(endpoint: Endpoint, by_kind: dict[Any, Any], components: dict[str
     if endpoint.guard == "admin":
         operation["security"] = [{"admin": []}]
     elif endpoint.guard == "session":
-        operation["security"] = [{"session": []}, {}]
+        operation["security"] = [{"session": []}, {"site": []}, {}]
     return operation
 
 

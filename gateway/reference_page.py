@@ -77,6 +77,7 @@ GROUPS = {"chat": "Messages", "sessions": "Sessions", "agents": "Agents", "": "O
 GUARDS = {
     "admin": "Admin key, as a bearer token",
     "session": "The session's token as a bearer token, if the gateway made the session's id",
+    "site": "Or one of the agent's site keys, for the site's own servers",
 }
 Field = tuple[str, dict[str, Any], bool]
 

@@ -9,9 +9,10 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from gateway.admin import FAILURES, PER_S, AdminDoor, AdminKeys, FailedAttempts, is_local, network_of
+from gateway.admin import FAILURES, PER_S, AdminDoor, AdminKeys, FailedAttempts, is_local
 from gateway.api.callers import kept_address
 from gateway.audit import Operator, audited, changed, refused
+from gateway.buckets import network
 from gateway.problems import RateLimited, SessionNotFound, TlsRequired
 from persistence.agents import AgentDefinition
 
@@ -129,7 +130,7 @@ def test_all_addresses_of_one_ipv6_customer_are_one(door: AdminDoor) -> None:
     with pytest.raises(RateLimited):
         knock(door, KEY, "2001:db8:1:2:ffff::1", "https")
     assert knock(door, KEY, "2001:db8:1:3::1", "https") == "current"
-    assert network_of("::ffff:203.0.113.7") != network_of("::ffff:203.0.113.8")
+    assert network("::ffff:203.0.113.7") != network("::ffff:203.0.113.8")
 
 
 def test_what_is_remembered_of_addresses_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import httpx
@@ -531,6 +532,55 @@ async def test_a_new_day_has_its_whole_quota(stores: Stores) -> None:
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
     one._bounds[AGENT_ID].day_ends_s -= 86_400
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
+
+
+async def test_turns_that_are_being_told_are_among_those_of_the_day(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Redis may take its time to hear of them; none is let through again meanwhile."""
+    one = limiter(stores)
+    agent = agent_with(turns_per_day=3)
+    await one.meet(agent)
+    assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 2) == 2
+    heard, tell = asyncio.Event(), one._limits.tell
+
+    async def tell_slowly(told: Any) -> Any:
+        await heard.wait()
+        return await tell(told)
+
+    monkeypatch.setattr(one._limits, "tell", tell_slowly)
+    telling = asyncio.create_task(one.sync())
+    await asyncio.sleep(0)
+    assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
+    heard.set()
+    await telling
+    assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 0
+    await one.sync()
+    assert await stores.client.get(stores.keys.limit(f"day:{AGENT_ID}")) == b"3"
+
+
+async def test_a_turn_that_is_refused_late_costs_nothing_of_the_day(stores: Stores) -> None:
+    """It waited for its session, and the pod has told and learned in between."""
+    one = limiter(stores)
+    agent = agent_with(turns_per_day=1)
+    await one.meet(agent)
+    waiting = one.admit_turn(agent, ADDRESS, "")
+    await one.sync()
+    waiting.settle("refused")
+    assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
+    await one.sync()
+    assert await stores.client.get(stores.keys.limit(f"day:{AGENT_ID}")) == b"1"
+
+
+async def test_a_turn_of_yesterday_that_is_refused_today_gives_nothing_back(stores: Stores) -> None:
+    one = limiter(stores)
+    agent = agent_with(turns_per_day=1)
+    await one.meet(agent)
+    bounds = one._bounds[AGENT_ID]
+    bounds.day_ends_s = monotonic() + 1
+    waiting = one.admit_turn(agent, ADDRESS, "")
+    bounds.day_ends_s = monotonic()
+    assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
+    waiting.settle("refused")
+    assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 0
 
 
 async def test_a_pod_that_does_not_know_the_day_asks_before_the_first_turn(stores: Stores) -> None:

@@ -7,6 +7,7 @@ import httpx
 import pytest
 from starlette.routing import Route
 
+from gateway.admin import FAILURES
 from gateway.app import Pod
 from tests.conftest import PutAgent
 from tests.support.serving import ADMIN
@@ -132,6 +133,30 @@ async def test_the_calls_that_need_a_key_or_a_token_say_so(document: dict[str, A
         )
         assert (security == [{"admin": []}]) is admin, (method, path)
         assert ("401" in operation["responses"]) is bool(security), (method, path)
+
+
+async def test_the_calls_of_visitors_say_how_a_user_is_known(document: dict[str, Any]) -> None:
+    for method, path, operation in operations(document):
+        headers = {one["name"] for one in operation.get("parameters", []) if one["in"] == "header"}
+        of_visitors = operation.get("security") == [{"session": []}, {"site": []}, {}]
+        assert ("X-User-Token" in headers) is of_visitors, (method, path)
+
+
+async def test_every_call_says_that_it_may_be_shut_out_for_guessing(
+    client: httpx.AsyncClient, put_agent: PutAgent, document: dict[str, Any]
+) -> None:
+    """A key that is neither a site's nor an operator's is a guess, wherever it comes along."""
+    await put_agent("shop", allowed_domains=("shop.example",))
+    values = {"agent_id": "shop", "session_id": new_session_id(), "turn_id": "0196b6a2-0000-7000-8000-000000000000"}
+    guess = {"Authorization": "Bearer no key at all", "Origin": "https://evil.example"}
+    for _ in range(FAILURES):
+        await client.get("/api/agents", headers=guess)
+    for method, path, operation in operations(document):
+        if path.startswith("/api/"):
+            body = {"agent_id": "shop"} if path == "/api/sessions" else None
+            answer = await client.request(method, path.format(**values), json=body, headers=guess)
+            assert answer.status_code == 429, (method, path, answer.text)
+            assert "429" in operation["responses"], (method, path)
 
 
 async def test_every_call_answers_as_it_is_described(

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import httpx
+import jwt
 import msgspec
 import pytest
 
@@ -15,8 +16,9 @@ from gateway import streams
 from gateway.app import Stores
 from gateway.servers import RedisServer, free_port
 from gateway.settings import Settings
-from persistence.agents import AgentDefinition
+from persistence.agents import AgentDefinition, RateLimit
 from tests.conftest import PutAgent
+from tests.support.pods import gated_pod
 from tests.support.serving import GatewayProcess, wait_for
 from tests.support.spoken import Spoken, SpokenPod, new_session_id, spoken_pod
 from tests.support.sse import open_stream, speak, text_of, watch
@@ -83,6 +85,50 @@ async def test_a_turn_shorter_than_40_ms_costs_no_extra_round_trip(pod: SpokenPo
                 await stream.rest()
             assert stream.events[-1].kind == "turn.completed"
         assert await calls(pod.stores, "evalsha", "eval") - before == 2, "begin and commit"
+
+
+async def test_with_every_check_on_a_turn_is_two_round_trips(
+    settings: Settings, stores: Stores, put_agent: PutAgent
+) -> None:
+    """Origin, session token, user token, and limits of every kind; what is told of them goes in the background."""
+    key = "the site key of the shop, not of others"
+    limits = {name: RateLimit(1_000, 60) for name in ("rate_limit", "agent_rate_limit", "domain_rate_limit")}
+    await put_agent(
+        "strict",
+        allowed_domains=("shop.example",),
+        site_keys=(key,),
+        require_token=True,
+        require_identity=True,
+        truncate_ip=True,
+        max_running_turns=5,
+        turns_per_day=1_000,
+        **limits,
+    )
+    token = jwt.encode({"sub": "ann", "exp": int(time()) + 600}, key)
+    headers = {"Origin": "https://shop.example", "X-User-Token": token}
+    async with gated_pod(settings, address_rate_limit="1000/60", address_session_limit="1000/60") as pod:
+        opened = await pod.client.post("/api/sessions", json={"agent_id": "strict"}, headers=headers)
+        headers["Authorization"] = f"Bearer {opened.json()['session_token']}"
+        body = {"message": "Hello", "session_id": opened.json()["session_id"]}
+        path = "/api/chat/strict/message"
+        assert (await pod.client.post(path, json=body, headers=headers)).status_code == 200
+        asked: list[str] = []
+        run, command = pod.stores.scripts.run, pod.stores.scripts.command
+
+        async def counted_run(name: str, *arguments: Any, **named: Any) -> Any:
+            asked.append(name)
+            return await run(name, *arguments, **named)
+
+        async def counted_command(*arguments: Any, **named: Any) -> Any:
+            asked.append(str(arguments[0]))
+            return await command(*arguments, **named)
+
+        pod.stores.scripts.run = counted_run  # type: ignore[method-assign]
+        pod.stores.scripts.command = counted_command  # type: ignore[method-assign]
+        answer = await pod.client.post(path, json=body, headers=headers)
+        assert (answer.status_code, answer.json()["metadata"]["message_count"]) == (200, 4)
+        # An agent is looked up again every two seconds, and limits are told five times a second.
+        assert [name for name in asked if name not in ("limit", "HGETALL")] == ["begin", "commit"]
 
 
 async def test_control_without_coalescing_every_token_is_a_write(pod: SpokenPod, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Who calls: the website a request comes from, its session token, user token, site key or admin key, its address."""
 
+from hashlib import sha256
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
 
@@ -91,6 +92,10 @@ def _text(metadata: dict[str, Any], name: str, longest: int) -> str:
     return value
 
 
+def _digest(key: str) -> bytes:
+    return sha256(key.encode(errors="surrogatepass")).digest()
+
+
 class Gatekeeper:
     """Decides what a caller may see: shared by all routes.
 
@@ -102,6 +107,8 @@ class Gatekeeper:
         self._tokens = tokens
         self._door = door
         self._domains: dict[str, AllowedDomains] = {}
+        # By digest, so that they are nowhere twice.
+        self._site_keys: set[bytes] = set()
 
     def require_admin(self, request: Request) -> Operator:
         """The operator who calls. Raises AdminKeyRequired, TlsRequired, RateLimited."""
@@ -206,7 +213,17 @@ class Gatekeeper:
 
     def is_site(self, caller: Caller, agent: Agent) -> bool:
         """Whether the agent's site itself calls: one of its servers, with a site key."""
-        return bool(caller.token) and is_one_of(caller.token, agent.definition.site_keys)
+        found = bool(caller.token) and is_one_of(caller.token, agent.definition.site_keys)
+        if found:
+            if len(self._site_keys) >= KNOWN_AGENTS:
+                self._site_keys.clear()
+            self._site_keys.add(_digest(caller.token))
+        return found
+
+    def is_some_site(self, caller: Caller) -> bool:
+        """Whether a site that this pod knows calls, whichever it is: for sessions that are not there, which are no agent's.
+        It opens nothing; its key is only no guess at the admin's."""
+        return bool(caller.token) and _digest(caller.token) in self._site_keys
 
     def _is_trusted(self, caller: Caller, agent: Agent) -> bool:
         """Whether the site's own server calls, or an operator."""

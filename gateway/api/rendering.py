@@ -3,6 +3,7 @@
 import asyncio
 import json
 import re
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -35,10 +36,13 @@ log = structlog.get_logger()
 Body = TypeVar("Body")
 
 MAX_DEPTH = 64
+SHOWN_CHARS = 500
+"""Of what a problem says: a name that a client made up can be as long as its body."""
 MAX_METADATA_DEPTH = 16
 _encoder = msgspec.json.Encoder()
 _FIELD = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*?)`)?$", re.DOTALL)
 _CHARSET = re.compile(r"charset\s*=\s*\"?([^\s\";]*)", re.IGNORECASE)
+_NUL, _TOO_DEEP = "NUL characters cannot be stored", "nested too deeply"
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
@@ -79,7 +83,11 @@ class EventStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            if scope["method"] == "HEAD":
+                # Nothing will be sent that could show that the client has gone.
+                await Response(headers=dict(self.headers))(scope, receive, send)
+            else:
+                await super().__call__(scope, receive, send)
         finally:
             self._on_end()
 
@@ -112,13 +120,17 @@ def encode_problem(problem: Problem, request_id: str) -> bytes:
         title=problem.title,
         status=problem.status,
         code=problem.code,
-        detail=problem.detail or problem.title,
+        detail=_cut(problem.detail) or problem.title,
         request_id=request_id,
         retryable=problem.retryable,
         retry_after=_retry_after(problem),
-        field=problem.field,
+        field=None if problem.field is None else _cut(problem.field),
     )
     return _encoder.encode(document)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
 
 
 def problem_headers(problem: Problem) -> dict[str, str]:
@@ -238,8 +250,8 @@ def _check_names(raw: bytes) -> None:
     def build(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         built = dict(pairs)
         if len(built) != len(pairs):
-            names = [name for name, _ in pairs]
-            repeats.append((built, next(name for name in names if names.count(name) > 1)))
+            times = Counter(name for name, _ in pairs)
+            repeats.append((built, next(name for name in times if times[name] > 1)))
         return built
 
     document = json.loads(raw, object_pairs_hook=build, parse_int=float)
@@ -311,21 +323,35 @@ def check_metadata(metadata: dict[str, Any], bounds: BodyBounds) -> None:
 
 def check_text(value: Any, field: str, max_depth: int = MAX_DEPTH) -> None:
     """Raises InvalidField for what cannot be stored, or not be read again: NUL characters, and JSON nested too deeply."""
-    _check_text(value, field, 0, max_depth)
+    found = _unstorable(value, max_depth)
+    if found is None:
+        return
+    path, why = found
+    if why is _TOO_DEEP:
+        raise InvalidField(f"{field}: nested more than {max_depth} levels deep", field=field)
+    # Put together only now: a long name over many values would be copied for each of them.
+    where = ".".join([field, *reversed(path)])
+    raise InvalidField(f"{where}: {why}", field=where)
 
 
-def _check_text(value: Any, field: str, depth: int, max_depth: int) -> None:
-    if depth > max_depth:
-        name = field.partition(".")[0]
-        raise InvalidField(f"{name}: nested more than {max_depth} levels deep", field=name)
+def _unstorable(value: Any, levels: int) -> tuple[list[str], str] | None:
+    """What of a value cannot be stored: the names that lead there, the last one first, and why."""
+    if levels < 0:
+        return [], _TOO_DEEP
     match value:
         case str():
-            if "\0" in value:
-                raise InvalidField(f"{field}: NUL characters cannot be stored", field=field)
+            return ([], _NUL) if "\0" in value else None
         case dict():
-            for name, item in value.items():
-                _check_text(name, field, depth, max_depth)
-                _check_text(item, f"{field}.{name}", depth + 1, max_depth)
+            if any("\0" in name for name in value):
+                return [], _NUL
+            items: Any = value.items()
         case list() | tuple():
-            for index, item in enumerate(value):
-                _check_text(item, f"{field}.{index}", depth + 1, max_depth)
+            items = enumerate(value)
+        case _:
+            return None
+    for name, item in items:
+        found = _unstorable(item, levels - 1)
+        if found is not None:
+            found[0].append(str(name))
+            return found
+    return None

@@ -119,7 +119,7 @@ def endpoints(
             chat.available,
             "Whether a website may use an agent",
             {200: Availability},
-            (403, 404, 422, 503),
+            (403, 404, 422, 429, 503),
             query=AvailabilityQuery,
         ),
         Endpoint(

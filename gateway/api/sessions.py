@@ -327,13 +327,15 @@ class SessionsApi:
             # An operator may erase what is damaged.
             failed = error
         # A site's key is no guess at the admin's.
-        if not (agent and self._gatekeeper.is_site(caller, agent)) and self._gatekeeper.operator(request) is not None:
+        site = self._gatekeeper.is_site(caller, agent) if agent else self._gatekeeper.is_some_site(caller)
+        if not site and self._gatekeeper.operator(request) is not None:
             return OPERATOR
         if isinstance(failed, SessionErased):
             # Nothing is left of it but where it was: who was not there is told what everybody is who asks for none.
             return Access("", caller.website_domain)
         if found is None or agent is None:
-            self._gatekeeper.refuse_absent(caller, session_id)
+            if not site:
+                self._gatekeeper.refuse_absent(caller, session_id)
             if isinstance(failed, (SessionNotFound, AgentNotFound)):
                 raise SessionNotFound from failed
             raise failed

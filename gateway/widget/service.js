@@ -26,7 +26,7 @@ const LONGEST_WAIT_S = 20;
 const LONGEST_ASKED_S = 120; // whoever is to wait for longer is told so instead
 const TERMINAL = ['turn.completed', 'turn.failed', 'turn.cancelled'];
 /** What passes by itself, so that the same message is sent again without asking the visitor. */
-const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited'];
+const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited', 'agent_busy', 'too_many_streams'];
 
 /** What the gateway answered instead of a result (RFC 9457), or `unreachable` when there was no answer at all. */
 export class AgentError extends Error {
@@ -51,6 +51,9 @@ const unreachable = () => new AgentError({ code: 'unreachable', title: 'No conne
 
 /** Exponential backoff with full jitter. @param {number} attempt  from 0 @returns {number} seconds */
 const backoff = (attempt) => 0.2 + Math.random() * Math.min(LONGEST_WAIT_S, 0.5 * 2 ** attempt);
+
+/** Never sooner than the gateway asks for, and not all at that same moment. @param {unknown} error @param {number} attempt @returns {number} seconds */
+const waitFor = (error, attempt) => Math.max(error instanceof AgentError ? error.retryAfter ?? 0 : 0, backoff(attempt));
 
 /** @param {AgentError} problem */
 const tooLong = (problem) => (problem.retryAfter ?? 0) > LONGEST_ASKED_S;
@@ -136,7 +139,7 @@ export class AgentService {
       } catch (error) {
         if (await this.#replace(agentId, error, sessionId, replaced)) replaced += 1;
         else if (!(error instanceof AgentError) || !error.passes || attempt >= ATTEMPTS || tooLong(error)) throw error;
-        else await pause(error.retryAfter ?? backoff(attempt), signal);
+        else await pause(waitFor(error, attempt), signal);
       }
     }
   }
@@ -178,7 +181,7 @@ export class AgentService {
           if (tooLong(problem) || (!offline() && (failures += 1) > ATTEMPTS)) throw problem;
           // Behind a turn that is no more, the same message is sent anew: the gateway knows whether it was answered.
           if (turnId && (problem.code !== 'unreachable' && problem.status !== 503)) turnId = cursor.id = '';
-          const wait_s = problem.retryAfter ?? backoff(failures);
+          const wait_s = waitFor(problem, failures);
           lost = true;
           yield { type: 'connection.lost', wait_s };
           await pause(wait_s, signal);
@@ -200,6 +203,8 @@ export class AgentService {
     const cursor = { id: '' };
     const sessionId = this.#session.findSessionId();
     for (let failures = 0; sessionId; ) {
+      /** @type {unknown} */
+      let failed;
       try {
         const response = await this.#fetch('GET', `/api/sessions/${encodeURIComponent(sessionId)}/events`, { signal, cursor: cursor.id });
         failures = 0;
@@ -208,9 +213,10 @@ export class AgentService {
       } catch (error) {
         if (signal?.aborted) return;
         if (error instanceof AgentError && error.status >= 400 && !error.passes) return;
+        failed = error;
         failures += 1;
       }
-      const wait_s = backoff(failures);
+      const wait_s = waitFor(failed, failures);
       if (failures) yield { type: 'connection.lost', wait_s };
       await pause(wait_s, signal).catch(() => {});
       if (signal?.aborted) return;

@@ -32,4 +32,9 @@ export const TEXTS = {
   unreachable: 'Keine Verbindung. Diese Nachricht wurde nicht gesendet.',
   rate_limited: 'Zu viele Nachrichten auf einmal. Bitte versuchen Sie es später erneut.',
   turn_timeout: 'Die Antwort hat zu lange gedauert.',
+  agent_busy: 'Im Moment fragen sehr viele. Bitte versuchen Sie es gleich noch einmal.',
+  quota_exhausted: 'Heute können keine weiteren Fragen beantwortet werden. Bitte kommen Sie morgen wieder.',
+  too_many_streams: 'Der Chat ist an zu vielen Stellen geöffnet. Bitte schließen Sie einen und versuchen Sie es erneut.',
+  identity_required: 'Bitte melden Sie sich an, um hier zu schreiben.',
+  user_token_invalid: 'Ihre Anmeldung konnte nicht geprüft werden. Bitte laden Sie die Seite neu.',
 };

@@ -32,4 +32,9 @@ export const TEXTS = {
   unreachable: 'Sin conexión. Este mensaje no se ha enviado.',
   rate_limited: 'Demasiados mensajes a la vez. Inténtelo de nuevo más tarde.',
   turn_timeout: 'La respuesta ha tardado demasiado.',
+  agent_busy: 'Hay muchas consultas en este momento. Inténtelo de nuevo enseguida.',
+  quota_exhausted: 'Hoy no se pueden responder más preguntas. Vuelva mañana.',
+  too_many_streams: 'El chat está abierto en demasiados sitios. Cierre uno e inténtelo de nuevo.',
+  identity_required: 'Inicie sesión para escribir aquí.',
+  user_token_invalid: 'No se ha podido verificar su sesión. Vuelva a cargar la página.',
 };

@@ -32,4 +32,9 @@ export const TEXTS = {
   unreachable: 'Pas de connexion. Ce message n’a pas été envoyé.',
   rate_limited: 'Trop de messages à la fois. Veuillez réessayer plus tard.',
   turn_timeout: 'La réponse a pris trop de temps.',
+  agent_busy: 'Les demandes sont nombreuses en ce moment. Veuillez réessayer dans un instant.',
+  quota_exhausted: 'Plus aucune question ne peut être traitée aujourd’hui. Veuillez revenir demain.',
+  too_many_streams: 'La discussion est ouverte à trop d’endroits. Fermez-en un et réessayez.',
+  identity_required: 'Veuillez vous connecter pour écrire ici.',
+  user_token_invalid: 'Votre connexion n’a pas pu être vérifiée. Veuillez recharger la page.',
 };

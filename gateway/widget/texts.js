@@ -31,6 +31,11 @@ export const TEXTS = {
   unreachable: 'No connection. This message was not sent.',
   rate_limited: 'Too many messages at once. Please try again later.',
   turn_timeout: 'The answer took too long.',
+  agent_busy: 'Many are asking at the moment. Please try again shortly.',
+  quota_exhausted: 'No more questions can be answered today. Please come back tomorrow.',
+  too_many_streams: 'The chat is open in too many places. Please close one and try again.',
+  identity_required: 'Please log in to write here.',
+  user_token_invalid: 'Your login could not be verified. Please reload the page.',
 };
 
 /** @typedef {typeof TEXTS} Texts */

@@ -32,6 +32,11 @@ export interface Texts {
   unreachable: string;
   rate_limited: string;
   turn_timeout: string;
+  agent_busy: string;
+  quota_exhausted: string;
+  too_many_streams: string;
+  identity_required: string;
+  user_token_invalid: string;
 }
 
 export interface MountOptions {

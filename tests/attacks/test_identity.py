@@ -10,6 +10,7 @@ import jwt
 import pytest
 from structlog.testing import capture_logs
 
+from gateway.admin import FAILURES
 from gateway.app import Stores
 from gateway.auth import SessionToken, SessionTokens
 from persistence.agents import Agent
@@ -508,6 +509,20 @@ async def test_guessing_a_site_key(client: httpx.AsyncClient, owned: str) -> Non
         await refused(client, ["message"], owned, bearer(key), 401, "session_token_invalid")
     for name in HARMLESS:
         assert (await call(client, name, owned, bearer(KEY))).is_success
+
+
+async def test_a_site_that_asks_for_sessions_that_are_gone_is_no_guesser(client: httpx.AsyncClient, owned: str) -> None:
+    """Its server may clear up after its users: a session that is not there is no agent's; its key is no guess."""
+    assert (await call(client, "messages", owned, bearer(KEY))).status_code == 200
+    for _ in range(FAILURES + 1):
+        answer = await client.get(f"/api/sessions/{new_session_id()}", headers=bearer(KEY))
+        problem(answer, 404, "session_not_found")
+    assert (await client.get("/api/agents", headers=ADMIN)).status_code == 200, "nobody is shut out"
+    # What no site has is a guess, there as elsewhere.
+    for _ in range(FAILURES):
+        answer = await client.get(f"/api/sessions/{new_session_id()}", headers=bearer(KEY + "x"))
+        problem(answer, 401, "session_token_invalid")
+    problem(await client.get(f"/api/sessions/{new_session_id()}", headers=bearer(KEY + "x")), 429, "rate_limited")
 
 
 async def test_reading_site_keys_from_the_list_of_agents(client: httpx.AsyncClient, shop: Agent) -> None:

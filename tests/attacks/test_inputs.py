@@ -14,13 +14,16 @@ from langgraph.config import get_stream_writer
 from langgraph.graph import StateGraph
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from gateway import streams
+from gateway.api import rendering
 from gateway.app import Pod, Stores
 from gateway.http import Bounds
+from gateway.problems import InvalidField
 from gateway.runtime import Graphs, echo_graph
 from gateway.settings import Settings
 from tests.conftest import PutAgent
 from tests.support.raw import RawConnection, ask, request
-from tests.support.serving import ADMIN, ADMIN_KEY, served
+from tests.support.serving import ADMIN, ADMIN_KEY, served, wait_for
 from tests.support.visiting import Flush, Rows, new_session_id, post_message, problem, say
 
 MESSAGE = "/api/chat/shop/message"
@@ -235,11 +238,44 @@ async def test_forging_a_header_behind_the_body(url: str) -> None:
 
 
 async def test_without_the_guard_a_header_behind_the_body_is_believed(pod: Pod) -> None:
-    """The control."""
+    """The control: both are, the key and that it comes from another machine."""
     async with served(pod, http=HttpToolsProtocol) as client:
         answer = await ask(str(client.base_url), TRAILED)
         assert answer is not None
-        assert answer.status == 200
+        assert (answer.status, answer.code) == (403, "tls_required")
+
+
+UPGRADE = {"Connection": "Upgrade, HTTP2-Settings", "Upgrade": "h2c", "HTTP2-Settings": "AAMAAABkAARAAAAAAAIAAAAA"}
+
+
+async def test_smuggling_a_request_behind_one_that_asks_for_another_protocol(url: str) -> None:
+    """What follows such a request's head is its body, in whichever pieces it comes, and no request."""
+    smuggled = request("/healthz", None, method="GET")
+    async with RawConnection(url) as connection:
+        await connection.send(request(MESSAGE, None, headers={**UPGRADE, "Content-Length": str(len(smuggled))}))
+        await asyncio.sleep(0.05)
+        await connection.send(smuggled)
+        answer = await connection.answer()
+        assert answer is not None
+        assert (answer.status, answer.code) == (400, "invalid_json")
+        # The connection goes on behind it, with a request of the same kind, and with what came together with that one.
+        raw = json.dumps(body()).encode()
+        await connection.send(request(MESSAGE, raw, headers=UPGRADE) + request("/readyz", None, method="GET"))
+        answers = [await connection.answer(), await connection.answer()]
+        assert [one and one.status for one in answers] == [200, 200]
+        assert answers[0] is not None and "response" in answers[0].json()
+        assert answers[1] is not None and "ready" in answers[1].json()
+
+
+async def test_without_the_guard_what_follows_is_a_request(pod: Pod) -> None:
+    smuggled = request("/healthz", None, method="GET")
+    async with served(pod, http=HttpToolsProtocol) as client, RawConnection(str(client.base_url)) as connection:
+        await connection.send(request(MESSAGE, None, headers={**UPGRADE, "Content-Length": str(len(smuggled))}))
+        assert await connection.answer() is not None
+        await connection.send(smuggled)
+        answer = await connection.answer()
+        assert answer is not None
+        assert answer.json() == {"status": "ok"}
 
 
 async def test_naming_two_sessions_in_one_body(client: httpx.AsyncClient) -> None:
@@ -470,6 +506,64 @@ async def test_holding_memory_by_never_reading_an_answer(client: httpx.AsyncClie
     again = await post_message(client, session_id, "huge", agent="odd", message_id="m1")
     assert len(again.json()["response"]) == LARGE
     assert again.json()["metadata"]["replayed"]
+
+
+async def test_leaving_streams_behind_by_a_request_that_waits_behind_them(
+    client: httpx.AsyncClient, url: str, pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """uvicorn tells only the request that came last that its client has gone: the stream before it would go on for ever."""
+    monkeypatch.setattr(streams, "HEARTBEAT_S", 0.1)
+    session_id = new_session_id()
+    await say(client, session_id)
+    for _ in range(3):
+        async with RawConnection(url) as connection:
+            await connection.send(request(f"/api/sessions/{session_id}/events", None, method="GET"))
+            await wait_for(lambda: pod.open_streams._open, "the stream is open")
+            await connection.send(request("/healthz", None, method="GET"))
+            assert b"200 OK" in await connection.reader.readuntil(b"\r\n\r\n")
+        await wait_for(lambda: not pod.open_streams._open, "the stream has ended with its connection")
+
+
+async def test_leaving_streams_behind_that_say_nothing(client: httpx.AsyncClient, url: str, pod: Pod) -> None:
+    session_id = new_session_id()
+    await say(client, session_id)
+    async with RawConnection(url) as connection:
+        await connection.send(request(f"/api/sessions/{session_id}/events", None, method="HEAD"))
+        head = await connection.reader.readuntil(b"\r\n\r\n")
+        assert b"200 OK" in head
+        assert b"text/event-stream" in head
+        await wait_for(lambda: not pod.open_streams._open, "nothing is streamed to who reads no body")
+
+
+async def test_stopping_everybody_by_one_name_among_many(client: httpx.AsyncClient) -> None:
+    """Looking for the name that is there twice takes no longer than reading the body."""
+    names = [f"{number:05d}" for number in range(25_000)]
+    metadata = ",".join(f'"{name}":0' for name in [*names, names[-1]])
+    raw = f'{{"message":"Hello","session_id":"{new_session_id()}","metadata":{{{metadata}}}}}'.encode()
+    async with asyncio.timeout(4):
+        problem(await post_raw(client, raw), 422, "invalid_field", "metadata.24999")
+
+
+def test_stopping_everybody_by_one_long_name_over_many_values() -> None:
+    class Name(str):
+        used = 0
+
+        def __format__(self, form: str) -> str:
+            Name.used += 1
+            return str(self)
+
+    rendering.check_text([0] * 1_000, Name("metadata"))
+    assert Name.used == 0, "it would be copied for each value"
+    with pytest.raises(InvalidField, match="NUL characters") as refused:
+        rendering.check_text({"a": ["b", "\0"]}, "metadata")
+    assert refused.value.field == "metadata.a.1"
+
+
+async def test_being_sent_back_all_that_was_sent(client: httpx.AsyncClient) -> None:
+    answer = await client.post(MESSAGE, json=body(**{"x" * 200_000: 1}))
+    assert answer.status_code == 422
+    assert len(answer.content) < 2_000
+    assert answer.json()["field"].startswith("xxx")
 
 
 # ---------------------------------------------------------------------------------------------------------- what is left

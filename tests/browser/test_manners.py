@@ -1,5 +1,7 @@
 """What visitors and site owners are used to from other chats: unread answers, scrolling, languages, pages of every kind."""
 
+from typing import Any
+
 import pytest
 from playwright.async_api import Page, Route, expect
 
@@ -7,6 +9,7 @@ from tests.browser.looks import check
 from tests.browser.sites import TEXT, Sites, document, tag
 from tests.browser.visits import PHONE, Chat, Visitors, session_of
 from tests.conftest import PutAgent
+from tests.support.serving import wait_for
 from tests.support.spoken import Spoken, SpokenPod
 
 
@@ -309,6 +312,73 @@ async def test_a_wait_of_an_hour_is_told_and_not_waited_for(visitors: Visitors, 
     spoken.say("Hello", "Good morning", None)
     await chat.retry_button.click()
     await expect(chat.saying("Good morning")).to_have_count(1)
+
+
+async def test_a_busy_agent_is_asked_again_until_it_has_time(
+    visitors: Visitors, sites: Sites, gateway: str, spoken: Spoken, put_agent: PutAgent
+) -> None:
+    await put_agent("narrow", graph="spoken", max_running_turns=1)
+    page = sites.put(document(TEXT + tag(gateway, agent="narrow")))
+    one, other = await visitors.go(page), await visitors.go(page)
+    await one.chat.open()
+    await one.chat.say("One")
+    await spoken.has_started("One")
+    await other.chat.open()
+    async with other.page.expect_response(lambda answer: answer.status == 429) as refused:
+        await other.chat.say("Two")
+    assert (await (await refused.value).json())["code"] == "agent_busy"
+    spoken.say("Two", "Second", None)
+    spoken.say("One", "First", None)
+    await expect(other.chat.saying("Second")).to_have_count(1)
+    assert len({body["message_id"] for body in other.posted("/stream")}) == 1
+
+
+@pytest.mark.parametrize(
+    ("definition", "code", "told"),
+    [
+        ({"turns_per_day": 1}, "quota_exhausted", "come back tomorrow"),
+        (
+            {"require_identity": True, "site_keys": ("the site key of the shop, not of others",)},
+            "identity_required",
+            "log in",
+        ),
+    ],
+)
+async def test_what_no_waiting_helps_is_told_at_once(
+    visitors: Visitors,
+    sites: Sites,
+    gateway: str,
+    spoken: Spoken,
+    put_agent: PutAgent,
+    definition: dict[str, Any],
+    code: str,
+    told: str,
+) -> None:
+    agent = await put_agent(code, graph="spoken", **definition)
+    visit = await visitors.go(sites.put(document(TEXT + tag(gateway, agent=code))))
+    spoken.say("Hello", "Good morning", None)
+    await visit.chat.open()
+    if code == "quota_exhausted":
+        await visit.chat.say("Hello")
+        await expect(visit.chat.saying("Good morning")).to_be_visible()
+    before = len(visit.posted("/stream"))
+    async with visit.page.expect_response(lambda answer: answer.status in (401, 429)) as refused:
+        await visit.chat.say("And now?")
+    assert (await (await refused.value).json())["code"] == code
+    await expect(visit.chat.retry_button).to_be_visible()
+    await expect(visit.chat.log).to_contain_text(told)
+    assert len(visit.posted("/stream")) == before + 1, "it is not asked again by itself"
+    # What was written stays, and goes when the operator has changed that.
+    await put_agent(agent.name, graph="spoken")
+    spoken.say("And now?", "Now, yes", None)
+    answered = visit.chat.saying("Now, yes")
+
+    async def again() -> bool:
+        if await visit.chat.retry_button.is_visible():
+            await visit.chat.retry_button.click()
+        return bool(await answered.count())
+
+    await wait_for(again, "the agent as it is now is known to the pod")
 
 
 async def mounted(visitors: Visitors, sites: Sites, gateway: str, script: str, body: str = TEXT) -> Page:
