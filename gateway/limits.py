@@ -77,13 +77,26 @@ class Limiter:
 
     def check_address(self, ip_address: str) -> None:
         """Refuses a call of an address that has no room, before anything else is done for it. Charges nothing."""
+        self._check("address", ip_address)
+
+    def check_misses(self, ip_address: str) -> None:
+        """Refuses a call of an address that has asked too often for what is not there, before it is looked up once more."""
+        self._check("misses", ip_address)
+
+    def charge_miss(self, ip_address: str) -> None:
+        """Charges an address for asking for what is not there: Postgres had to be looked into. As often as it may talk."""
+        if self.mode != "off" and self.address_limit is not None:
+            key = f"misses:{network(ip_address)}"
+            self._charge(key, self._bucket(key, self.address_limit), monotonic())
+
+    def _check(self, name: str, ip_address: str) -> None:
         if self.mode != "enforce" or self.address_limit is None:
             return
-        bucket = self._buckets.get(f"address:{network(ip_address)}")
+        bucket = self._buckets.get(f"{name}:{network(ip_address)}")
         if bucket is not None:
             wait_s = bucket.wait_s(monotonic())
             if wait_s > 1e-6:
-                self._refuse("address", _rate_limited("address", self.address_limit, wait_s))
+                self._refuse(name, _rate_limited(name, self.address_limit, wait_s))
 
     async def meet(self, agent: Agent) -> None:
         """Learns of an agent's bounds what all pods have, if this pod has not been asked for it lately."""
@@ -459,6 +472,7 @@ class Admission:
 
 _WHOSE = {
     "address": "too many messages from this address",
+    "misses": "too many calls from this address for what is not there",
     "sessions": "too many new sessions from this address",
     "domain": "too many messages from this website",
     "agent": "too many messages to this agent",

@@ -17,7 +17,8 @@ gw:{p}:logs                        hash    permanent, trimmed        lua/append,
 gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
                                                                      guards lua/hydrate and lua/open
 gw:limit:{p}:<bucket>              string  until it is empty         lua/limit; buckets: address:<ip>, sessions:<ip>,
-                                                                     agent:<agent_id>, domain:<agent_id>:<domain>
+                                                                     misses:<ip>, agent:<agent_id>,
+                                                                     domain:<agent_id>:<domain>
 gw:limit:{p}:day:<agent_id>        string  until midnight UTC        lua/limit (turns of the day)
 gw:limit:{p}:running:<agent_id>    hash    5 s after its pods' last  lua/limit: a field a pod, turns@until_ms
                                            word

@@ -8,12 +8,15 @@ import msgspec
 from starlette.requests import Request
 
 from gateway.admin import AdminDoor
+from gateway.agents import Agents
 from gateway.api.rendering import request_id
 from gateway.audit import Operator
 from gateway.auth import Expired, SessionToken, SessionTokens, bearer, is_one_of, read_user_token
 from gateway.domains import AllowedDomains, Origin, normal_domain, read_origin
+from gateway.limits import Limiter
 from gateway.problems import (
     AdminKeyRequired,
+    AgentNotFound,
     DomainNotAllowed,
     IdentityRequired,
     InvalidField,
@@ -67,6 +70,17 @@ def known_operator(request: Request) -> Operator | None:
     """The operator who makes this request, if the gatekeeper has found that one does."""
     operator: Operator | None = getattr(request.state, "operator", None)
     return operator
+
+
+async def load_agent(agents: Agents, reference: str, limiter: Limiter, request: Request) -> Agent:
+    """The agent that a visitor names. Raises AgentNotFound, and RateLimited for who names many that are not there."""
+    address = address_of(request)
+    limiter.check_misses(address)
+    try:
+        return await agents.load(reference)
+    except AgentNotFound:
+        limiter.charge_miss(address)
+        raise
 
 
 def kept_address(address: str, *, truncate: bool) -> str:

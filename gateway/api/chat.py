@@ -8,7 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator
+from gateway.api.callers import Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator, load_agent
 from gateway.api.rendering import (
     BodyBounds,
     answer,
@@ -179,7 +179,7 @@ class ChatApi:
 
     async def available(self, request: Request) -> Response:
         """GET /api/chat/{agent_id}: what a widget asks before it shows itself."""
-        agent = await self._agents.load(request.path_params["agent_id"])
+        agent = await load_agent(self._agents, request.path_params["agent_id"], self._limiter, request)
         read_query(request, AvailabilityQuery)
         if not agent.definition.active:
             raise AgentInactive
@@ -190,7 +190,7 @@ class ChatApi:
 
     async def _enter(self, request: Request) -> tuple[Agent, Caller]:
         """The agent of the path, on a website that may use it, before anything else is read of the request."""
-        agent = await self._agents.load(request.path_params["agent_id"])
+        agent = await load_agent(self._agents, request.path_params["agent_id"], self._limiter, request)
         caller = Caller(request)
         self._gatekeeper.require_origin(caller, agent)
         return agent, caller

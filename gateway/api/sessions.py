@@ -11,7 +11,7 @@ from starlette.responses import Response
 from uuid_utils.compat import uuid7
 
 from gateway.agents import Agents
-from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator
+from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator, load_agent
 from gateway.api.rendering import BodyBounds, answer, check_metadata, event_stream, read_body, read_cursor, read_query
 from gateway.audit import audited
 from gateway.auth import SessionToken, SessionTokens
@@ -189,7 +189,7 @@ class SessionsApi:
         self._limiter.check_address(address_of(request))
         body = await read_body(request, self._decoder, self._bounds)
         check_metadata(body.metadata, self._bounds)
-        agent = await self._agents.load(body.agent_id)
+        agent = await load_agent(self._agents, body.agent_id, self._limiter, request)
         definition = agent.definition
         if not definition.active:
             raise AgentInactive
@@ -318,6 +318,7 @@ class SessionsApi:
         Whatever does not let a visitor in is told as if there were no such session.
         """
         caller = Caller(request)
+        self._limiter.check_misses(caller.ip_address)
         found = agent = None
         failed: Exception = SessionNotFound()
         try:
@@ -334,9 +335,12 @@ class SessionsApi:
             # Nothing is left of it but where it was: who was not there is told what everybody is who asks for none.
             return Access("", caller.website_domain)
         if found is None or agent is None:
+            absent = isinstance(failed, (SessionNotFound, AgentNotFound))
+            if absent:
+                self._limiter.charge_miss(caller.ip_address)
             if not site:
                 self._gatekeeper.refuse_absent(caller, session_id)
-            if isinstance(failed, (SessionNotFound, AgentNotFound)):
+            if absent:
                 raise SessionNotFound from failed
             raise failed
         try:

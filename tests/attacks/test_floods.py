@@ -103,6 +103,23 @@ async def test_flooding_from_one_address_over_both_kinds_of_call(pod: ServedPod)
     assert (await open_session(pod, VISITOR)).status_code == 201
 
 
+async def test_having_postgres_asked_for_what_is_not_there(pod: ServedPod, put_agent: PutAgent) -> None:
+    """Sessions and agents that there are not; the same address may talk on, and so may everybody else."""
+    session_id = new_session_id()
+    await passes(pod, ATTACKER, session_id)
+
+    async def look(path: str, address: str) -> httpx.Response:
+        return await pod.client.get(path, headers=sent_from(address))
+
+    for number in range(LIMIT):
+        unknown = f"/api/chat/unknown-{number}" if number % 2 else f"/api/sessions/{new_session_id()}"
+        problem(await look(unknown, ATTACKER), 404, "agent_not_found" if number % 2 else "session_not_found")
+    for path in ("/api/chat/unknown", f"/api/sessions/{new_session_id()}", f"/api/sessions/{new_session_id()}/messages"):
+        problem(await look(path, ATTACKER), 429, "rate_limited")
+        assert (await look(path, VISITOR)).status_code == 404
+    assert (await look(f"/api/sessions/{session_id}", VISITOR)).status_code == 200
+
+
 async def test_having_large_bodies_read_after_the_limit_is_reached(pod: ServedPod) -> None:
     """A refusal is given before the body is looked at: it costs the pod next to nothing."""
     session_id = new_session_id()
@@ -495,7 +512,7 @@ async def test_leaving_streams_behind_until_none_can_be_opened(pod: ServedPod) -
         streamed = await pod.client.post("/api/chat/shop/stream", json=body, headers=sent_from(address))
         assert streamed.status_code == 200
         await wait_for(lambda: not open_streams(pod), "both have ended")
-        unknown = await pod.client.get(f"/api/sessions/{new_session_id()}/events", headers=sent_from(ATTACKER))
+        unknown = await pod.client.get(f"/api/sessions/{new_session_id()}/events", headers=sent_from(address))
         problem(unknown, 404, "session_not_found")
     assert open_streams(pod) == {}
 

@@ -159,8 +159,12 @@ async def _check_redis(
     dead: Any = await site.client.xrange(site.keys.dead(0))
     verdict.left_over += [f"dead letter {entry.decode()}: {fields[b'reason'].decode()}" for entry, fields in dead]
     verdict.left_over += await breaches(site.client, site.keys)
-    claimed: Any = await site.client.xautoclaim(site.keys.outbox(0), GROUP, "verdict", 0, "0-0")
-    gone = len(claimed[2]) + site.logged("outbox.deleted_while_pending")
+    gone = site.logged("outbox.deleted_while_pending")
+    if await site.client.exists(site.keys.outbox(0)):
+        claimed: Any = await site.client.xautoclaim(site.keys.outbox(0), GROUP, "verdict", 0, "0-0")
+        gone += len(claimed[2])
+    else:
+        verdict.left_over.append("the outbox is gone")
     if gone:
         verdict.left_over.append(f"{gone} entries were deleted while a worker had them")
     running = await site.client.zcard(site.keys.running(0))

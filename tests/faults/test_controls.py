@@ -87,6 +87,7 @@ CONTROLS = {
         ],
         ("worker-killed",),
         {"lost"},
+        seconds=15,
         workers=1,
     ),
     "no key is unique": Control(
