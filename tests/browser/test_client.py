@@ -129,7 +129,7 @@ async def test_a_user_of_the_site_keeps_the_session_and_nobody_else_on_that_brow
     visitors: Visitors, sites: Sites, gateway: str, spoken: Spoken, put_agent: PutAgent
 ) -> None:
     key = "the site key of the shop, not of others"
-    await put_agent("shop", graph="spoken", site_keys=(key,))
+    await put_agent("club", graph="spoken", site_keys=(key,))
     tokens = {name: jwt.encode({"sub": name, "exp": int(time()) + 600}, key) for name in ("ann", "ben")}
     for message in ("Hello", "I am Ann", "I am Ben", "And I am nobody"):
         spoken.say(message, f"Noted: {message}", None)
@@ -138,7 +138,7 @@ async def test_a_user_of_the_site_keeps_the_session_and_nobody_else_on_that_brow
     await page.evaluate("window.service = new client.AgentService({ session })")
 
     async def say(message: str) -> tuple[str, int]:
-        answer = await page.evaluate("(message) => service.sendMessage('shop', message)", message)
+        answer = await page.evaluate("(message) => service.sendMessage('club', message)", message)
         return answer["metadata"]["session_id"], answer["metadata"]["message_count"]
 
     first, _ = await say("Hello")
@@ -153,6 +153,6 @@ async def test_a_user_of_the_site_keeps_the_session_and_nobody_else_on_that_brow
     third, count = await say("And I am nobody")
     assert (third not in (first, second), count) == (True, 2)
     await page.evaluate("service.setUserToken('expired')")
-    failed = await page.evaluate("service.sendMessage('shop', 'Hello').catch(({ code, status }) => [code, status])")
+    failed = await page.evaluate("service.sendMessage('club', 'Hello').catch(({ code, status }) => [code, status])")
     assert failed == ["user_token_invalid", 401]
     assert await page.evaluate("session.findSessionId()") == third, "a token that has run out is no reason to begin anew"
