@@ -45,7 +45,7 @@ def main() -> None:
     flood.add_argument("--seconds", type=float, default=10, help="seconds of each (10)")
     flood.add_argument("--visitors", type=int, default=50, help="normal visitors (50)")
     flood.add_argument("--per-s", type=float, default=60, help="messages a second of all visitors together (60)")
-    flood.add_argument("--flooders", type=int, default=3, help="addresses that flood (3)")
+    flood.add_argument("--flooders", type=int, default=1, help="addresses that flood (1)")
     flood.add_argument("--times", type=float, default=10, help="how many times its limit each sends (10)")
     flood.add_argument("--delay-ms", type=float, default=0, help="time that the agent takes (0)")
     flood.set_defaults(run=measure_flood)
