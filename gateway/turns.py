@@ -46,7 +46,7 @@ from persistence.connection import retrieve
 from persistence.errors import PersistenceError, RedisUnavailable
 from persistence.events import EventLogs, Following
 from persistence.logs import Part
-from persistence.records import Channel, Message, Turn, encode_object, iso
+from persistence.records import Channel, Message, Turn, iso
 from persistence.sessions import (
     Absent,
     Access,
@@ -485,7 +485,7 @@ class Turns:
             if not writer.has_text:
                 writer.emit("text.delta", {"text": output.response})
             part = await writer.seal("turn.completed", result)
-        await self._commit(turn, stored, output.context, part)
+        await self._commit(turn, begun, stored, output.context, part)
         if writer is not None:
             writer.publish()
             self._streams.disown(turn.id)
@@ -560,15 +560,14 @@ class Turns:
             if renewing is not None:
                 renewing.cancel()
 
-    async def _commit(self, turn: "_Running", stored: Turn, context: dict[str, Any] | None, part: Part | None) -> None:
-        encoded = "" if context is None else encode_object(context)
+    async def _commit(
+        self, turn: "_Running", begun: Begun, stored: Turn, context: dict[str, Any] | None, part: Part | None
+    ) -> None:
         # An answer has been paid for, and committing twice adds nothing: as long as the lease may hold there is hope.
         deadline = monotonic() + self._store.lease_ms / 1000
         while True:
             try:
-                committed = await self._store.commit(
-                    turn.request.session_id, turn.id, turn.fence, turn.number, stored, turn.policy, encoded, part
-                )
+                committed = await self._store.commit(begun, stored, turn.policy, context, part)
                 break
             except RedisUnavailable as error:
                 if monotonic() > deadline:

@@ -8,7 +8,8 @@ few retries: every write script checks an id, so repeating one is safe, and a vi
 import asyncio
 import inspect
 import re
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -21,7 +22,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import ClusterCrossSlotError, RedisError, ResponseError
 
-from persistence.errors import CommandRefused, RedisUnavailable, UnsuitableRedis
+from persistence.errors import CommandRefused, PersistenceError, RedisUnavailable, UnsuitableRedis
 from persistence.keys import FORMAT, Keys
 
 log = structlog.get_logger()
@@ -137,16 +138,23 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
     task = asyncio.ensure_future(operation())
     task.add_done_callback(retrieve)
     try:
-        # Not asyncio.timeout: in Python 3.11 the wait_for inside redis-py can lose the cancellation that it sends.
-        await asyncio.wait({task}, timeout=timeout_s)
-        if not task.done():
-            raise TimeoutError(f"no reply within {timeout_s:g} s")
-        return task.result()
+        with translated():
+            # Not asyncio.timeout: in Python 3.11 the wait_for inside redis-py can lose the cancellation that it sends.
+            await asyncio.wait({task}, timeout=timeout_s)
+            if not task.done():
+                raise TimeoutError(f"no reply within {timeout_s:g} s")
+            return task.result()
+    finally:
+        task.cancel()
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raises what redis-py raises as RedisUnavailable, or as CommandRefused when Redis is there and will never do it."""
+    try:
+        yield
     except ResponseError as error:
-        # redis-py cuts the first word off and keeps it as the code, but for words that it does not know.
-        if error.status_code == "ERR" or str(error).startswith("WRONGTYPE") or isinstance(error, ClusterCrossSlotError):
-            raise CommandRefused(_reason(error)) from error
-        raise RedisUnavailable(_reason(error)) from error
+        raise refusal(error) from error
     except (TimeoutError, OSError, RedisError, AttributeError) as error:
         # AttributeError is what redis-py ends in when another call drops the connection on which this one is sending.
         raise RedisUnavailable(_reason(error)) from error
@@ -155,8 +163,14 @@ async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = 1.8) 
         if "the handler is closed" not in str(error):
             raise
         raise RedisUnavailable(_reason(error)) from error
-    finally:
-        task.cancel()
+
+
+def refusal(error: ResponseError) -> PersistenceError:
+    """What an error that Redis replied with is to callers."""
+    # redis-py cuts the first word off and keeps it as the code, but for words that it does not know.
+    if error.status_code == "ERR" or str(error).startswith("WRONGTYPE") or isinstance(error, ClusterCrossSlotError):
+        return CommandRefused(_reason(error))
+    return RedisUnavailable(_reason(error))
 
 
 def _reason(error: Exception) -> str:

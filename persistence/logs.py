@@ -28,15 +28,16 @@ class Part(msgspec.Struct, frozen=True):
 
 def log_arguments(keys: Keys, session_id: str, part: Part | None) -> dict[str, str | int | bytes]:
     """What commit, abort and append are told of a log; without a part, followers are woken and nothing is logged."""
-    arguments: dict[str, str | int | bytes] = {"channel": keys.channel(session_id), "events": ""}
-    if part is not None and part.events:
-        events = b",".join(b'["%b",%b]' % (event.kind.encode(), event.data) for event in part.events)
-        arguments |= {
-            "after": part.after,
-            "first": part.events[0].n,
-            "events": b"[" + events + b"]",
-            "last": part.events[-1].n,
-            "keep_from": part.keep_from,
-            "log_ttl_ms": LOG_TTL_MS,
-        }
-    return arguments
+    channel = keys.channel(session_id)
+    if part is None or not part.events:
+        return {"channel": channel, "events": "", "after": 0, "first": 0, "last": 0, "keep_from": 0, "log_ttl_ms": 0}
+    events = b",".join(b'["%b",%b]' % (event.kind.encode(), event.data) for event in part.events)
+    return {
+        "channel": channel,
+        "events": b"[" + events + b"]",
+        "after": part.after,
+        "first": part.events[0].n,
+        "last": part.events[-1].n,
+        "keep_from": part.keep_from,
+        "log_ttl_ms": LOG_TTL_MS,
+    }

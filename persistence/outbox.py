@@ -76,7 +76,9 @@ class Outbox:
         """Notes that the records are in Postgres; how many were taken off the outbox by this call."""
         session_ids = list(dict.fromkeys(record.session.session_id for record in records))
         index = {session_id: i + 1 for i, session_id in enumerate(session_ids)}
-        tokens = " ".join(f"{record.entry},{record.fact},{index[record.session.session_id]}" for record in records)
+        tokens = " ".join(
+            f"{record.entry},{record.bytes},{record.fact},{index[record.session.session_id]}" for record in records
+        )
         keys = [*self._outbox(partition), self._keys.live(partition), *map(self._keys.session, session_ids)]
         reply = await self._scripts.run("mark_flushed", "", keys, {"group": GROUP, "records": tokens}, 5)
         return int(reply[1])

@@ -24,6 +24,9 @@ Channel = Literal["text", "voice", "phone"]
 Role = Literal["user", "assistant", "system"]
 Status = Literal["active", "ended", "timeout", "erased"]
 
+RECORD_FORMAT = 2
+"""The newest format of records that this version reads; that of everything else is `keys.FORMAT`."""
+
 HEADER = (
     "format",
     "id",
@@ -45,7 +48,8 @@ HEADER = (
     "turns",
     "revision",
 )
-"""The fields of a session that travel with every record, in the order in which scripts return them (lua/prelude)."""
+"""The fields of a session that describe it, in the order in which scripts return them (lua/prelude); a record of format 1 has
+each as a field, one of format 2 has the session as JSON."""
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -79,12 +83,13 @@ class Turn(msgspec.Struct, omit_defaults=True):
 
 
 class Session(msgspec.Struct, kw_only=True):
-    """A session without its messages. Empty text stands for a fact that is not known."""
+    """A session without its messages. Empty text stands for a fact that is not known; a channel always is, unless the
+    session was erased while it was damaged."""
 
     id: str
     session_id: str
     agent_id: str
-    channel: Channel
+    channel: Channel | Literal[""]
     status: Status
     user_id: str
     website_domain: str
@@ -102,12 +107,16 @@ class Session(msgspec.Struct, kw_only=True):
 
 
 class Record(msgspec.Struct):
-    """A durable fact on its way to Postgres: the session as of `revision`, and the turn if the fact is one (`t:<n>`)."""
+    """A durable fact on its way to Postgres: the session as of `revision`, and the turn if the fact is one (`t:<n>`).
+
+    `bytes` is what it counts on the outbox.
+    """
 
     entry: str
     fact: str
     session: Session
     turn: Turn | None
+    bytes: int = 0
 
 
 class StoredMessage(Message, kw_only=True):
@@ -121,8 +130,13 @@ class StoredMessage(Message, kw_only=True):
 
 _encoder = msgspec.json.Encoder()
 _turn_decoder = msgspec.json.Decoder(Turn)
+_HEADER_BYTES = tuple(name.encode() for name in HEADER)
+_session_decoder = msgspec.json.Decoder(Session)
 _object_decoder = msgspec.json.Decoder(dict[str, Any])
+_FIELD = re.compile(r"required field `(\w+)`|`\$\.(\w+)")
+"""Where in an object msgspec found what it cannot read."""
 _FACT = re.compile(r"t:[1-9][0-9]{0,8}|(opened|ended|timeout|erased):[0-9]+")
+_UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _CHANNELS = frozenset(("text", "voice", "phone", ""))
 _STATUSES = frozenset(("active", "ended", "timeout", "erased"))
 
@@ -144,8 +158,18 @@ def moment(text: str) -> datetime:
     return datetime.fromisoformat(text)
 
 
+def ms_of(text: str) -> int:
+    """Stored text as milliseconds since 1970. Raises ValueError."""
+    return round(moment(text).timestamp() * 1000)
+
+
 def encode_turn(turn: Turn) -> bytes:
     return _encoder.encode(turn)
+
+
+def encode_session(session: Session) -> bytes:
+    """A session as it travels with its records."""
+    return _encoder.encode(session)
 
 
 def encode_object(value: Mapping[str, Any]) -> str:
@@ -167,15 +191,15 @@ def unreadable(error: Exception) -> str:
     return f"cannot be read: {type(error).__name__}"
 
 
-def _check_format(text: str, where: str) -> None:
+def _check_format(text: str, where: str, newest: int = FORMAT) -> None:
     if text == str(FORMAT):
         return
-    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) > FORMAT:
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) > newest:
         raise NewerFormat(where, "format", f"{text} is not a format this version reads")
     raise Damaged(where, "format", "is not a format this version reads")
 
 
-def decode_session(values: Sequence[bytes], where: str) -> Session:
+def decode_session(values: Sequence[bytes | None], where: str) -> Session:
     """A session from the values of HEADER. Raises Damaged, naming the field."""
     if len(values) != len(HEADER):
         raise Damaged(where, "header", f"has {len(values)} values")
@@ -183,12 +207,19 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
     field = "format"
     try:
         for field, value in zip(HEADER, values, strict=True):
-            text[field] = value.decode()
+            text[field] = value.decode()  # type: ignore[union-attr]  # AttributeError is caught
         field = "format"
         _check_format(text[field], where)
         field = "minted"
         if text[field] not in ("0", "1"):
             raise Damaged(where, field, "is neither 0 nor 1")
+        # What lua/begin leaves to be looked at here: Redis has no time to spare.
+        for field in ("id", "agent_id"):
+            if not _UUID.fullmatch(text[field]) and (field == "id" or text["status"] != "erased"):
+                raise Damaged(where, field, "is no UUID")
+        for field in ("started_at", "last_activity_at", "ended_at"):
+            if field != "ended_at" or text[field]:
+                moment(text[field])
         field = "channel"
         if text[field] not in _CHANNELS:
             raise Damaged(where, field, "is no channel")
@@ -197,6 +228,8 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
             raise Damaged(where, field, "is no status")
         numbers = {}
         for field in ("message_count", "turns", "revision"):
+            if not text[field].isdigit():
+                raise Damaged(where, field, "is no number")
             numbers[field] = int(text[field])
         objects = {}
         for field in ("context", "metadata"):
@@ -225,12 +258,72 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
         raise Damaged(where, field, unreadable(error)) from error
 
 
+def decode_hash(fields: Mapping[bytes, bytes], hot_turns: int, where: str) -> tuple[Session, int, list[Turn]]:
+    """A session from its hash, with up to `hot_turns` of its newest turns, and the number of the first of them.
+
+    Raises Damaged, naming the field.
+    """
+    session = decode_session([fields.get(name) for name in _HEADER_BYTES], where)
+    numbers = {name: _number(fields, name, where) for name in ("first_hot", "flushed")}
+    if numbers["flushed"] > session.turns:
+        raise Damaged(where, "flushed", "is beyond the turns")
+    if b"unflushed" not in fields:
+        raise Damaged(where, "unflushed", "is missing")
+    first = max(numbers["first_hot"], session.turns - hot_turns + 1)
+    return session, first, [decode_turn(fields.get(b"t:%d" % n), where, f"t:{n}") for n in range(first, session.turns + 1)]
+
+
+def _number(fields: Mapping[bytes, bytes], name: str, where: str) -> int:
+    raw = fields.get(name.encode(), b"")
+    if not raw.isdigit():
+        raise Damaged(where, name, "is no number")
+    return int(raw)
+
+
 def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
-    """A record from an outbox entry's id and its fields as [name, value, ...]. Raises Damaged."""
-    where = f"outbox entry {entry.decode(errors='replace')}"
+    """A record from an outbox entry's id and its fields as [name, value, ...]. Raises Damaged.
+
+    Ids and times of format 2 are looked at when they go to Postgres, which refuses what is none (DataRefused).
+    """
     by_name = dict(zip(fields[::2], fields[1::2], strict=False))
+    if by_name.get(b"format") != b"2":
+        return _decode_record_1(entry, by_name)
+    name = b""
+    try:
+        name = b"fact"
+        fact = by_name[name].decode()
+        if _FACT.fullmatch(fact) is None:
+            raise Damaged(_outbox_entry(entry), "fact", "is no fact")
+        name = b"turn"
+        turn_json = by_name[name]
+        turn = _turn_decoder.decode(turn_json) if fact.startswith("t:") else None
+        name = b"session"
+        session = _session_decoder.decode(by_name[name])
+        name = b"session_id"
+        if not session.session_id or session.session_id.encode() != by_name[name]:
+            raise Damaged(_outbox_entry(entry), "session_id", "is empty, or not the session's own")
+    except KeyError as error:
+        raise Damaged(_outbox_entry(entry), name.decode(), "is missing") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = _FIELD.search(str(error)) if name == b"session" else None
+        field = found[1] or found[2] if found else name.decode()
+        raise Damaged(_outbox_entry(entry), field, unreadable(error)) from error
+    return Record(entry.decode(), fact, session, turn, _whole(by_name.get(b"bytes", b"")))
+
+
+def _whole(raw: bytes) -> int:
+    return int(raw) if raw.isdigit() else 0
+
+
+def _outbox_entry(entry: bytes) -> str:
+    return f"outbox entry {entry.decode(errors='replace')}"
+
+
+def _decode_record_1(entry: bytes, by_name: Mapping[bytes, bytes]) -> Record:
+    """A record as the version before wrote it: a field for each fact of the session."""
+    where = _outbox_entry(entry)
     # Before all else: nothing is known of what a later format has to have.
-    _check_format(by_name.get(b"format", b"").decode(errors="replace"), where)
+    _check_format(by_name.get(b"format", b"").decode(errors="replace"), where, newest=RECORD_FORMAT)
     for name in ("fact", "turn", *HEADER):
         if name.encode() not in by_name:
             raise Damaged(where, name, "is missing")
@@ -259,7 +352,7 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
     turn = None
     if fact.startswith("t:"):
         turn = decode_turn(turn_json, where, "turn")
-    return Record(entry.decode(), fact, session, turn)
+    return Record(entry.decode(), fact, session, turn, _whole(by_name.get(b"bytes", b"")))
 
 
 def is_fact(text: str) -> bool:

@@ -6,37 +6,52 @@ nothing of the kind, and a client may hand out a connection that still holds, or
 question: what is stored is read and written through here alone.
 """
 
-import asyncio
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.resources import files
 from itertools import count
 from secrets import token_hex
-from typing import Any
+from typing import Any, NoReturn
 
 import structlog
-from redis.exceptions import NoScriptError
+from redis.exceptions import NoScriptError, ResponseError
 
-from persistence.connection import Client, call, drop_connections
+from persistence.connection import Client, drop_connections, refusal
 from persistence.errors import CommandRefused, Damaged, ForeignReply
 from persistence.keys import masked
+from persistence.lines import Argument, Command, lines
 
 log = structlog.get_logger()
 
-Argument = str | bytes | int | float
+_BLOCKS = re.compile(r"\n\n(?=(?:--[^\n]*\n)*local )")
+_NAME = re.compile(r"^local (?:function )?(\w+)", re.MULTILINE)
+_COMMENT = re.compile(r"--[^\n]*")
+_ORDER = re.compile(r"(\w+) = ARGV\[\d+\]")
 
 
 def script_texts() -> dict[str, str]:
-    """The text of every script by name, the prelude put behind its first line."""
+    """The text of every script by name, what it uses of the prelude put behind its first line."""
     folder = files("persistence") / "lua"
     prelude = (folder / "prelude.lua").read_text()
-    texts = {}
-    for file in folder.iterdir():
-        if file.name.endswith(".lua") and file.name != "prelude.lua":
-            first, rest = file.read_text().split("\n", 1)
-            texts[file.name.removesuffix(".lua")] = f"{first}\n{prelude}\n{rest}"
-    return texts
+    return {
+        file.name.removesuffix(".lua"): with_prelude(file.read_text(), prelude)
+        for file in folder.iterdir()
+        if file.name.endswith(".lua") and file.name != "prelude.lua"
+    }
+
+
+def with_prelude(script: str, prelude: str) -> str:
+    """The script with the blocks of the prelude whose names are used in it, or in another such block.
+
+    A script's whole text is run at each call: with all of the prelude a turn takes Redis twice the time.
+    """
+    first, text = script.split("\n", 1)
+    for block in reversed(_BLOCKS.split(prelude)):
+        named = _NAME.search(block)
+        if named and re.search(rf"\b{named[1]}\b", _COMMENT.sub("", text)):
+            text = f"{block}\n\n{text}"
+    return f"{first}\n{text}"
 
 
 class Scripts:
@@ -46,8 +61,8 @@ class Scripts:
         self._client = client
         self._texts = script_texts()
         self._digests = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}  # noqa: S324
-        # Bounds the connections, so that no pool ever runs out.
-        self._free = asyncio.Semaphore(concurrency)
+        self._orders = {name: _ORDER.findall(text)[2:] for name, text in self._texts.items()}
+        self._lines = lines(client, concurrency=concurrency)
         self._nonce_head = token_hex(8)
         self._nonce_tail = count()
         self.foreign_replies = 0
@@ -59,27 +74,61 @@ class Scripts:
 
         Raises RedisUnavailable (ForeignReply when the echo is wrong), Damaged when the script found a field it can't use.
         """
+        return (await self._run(name, session_id, keys, arguments, timeout_s))[0]
+
+    async def run_and_read(
+        self, name: str, session_id: str, keys: Sequence[str], arguments: Mapping[str, Argument], timeout_s: float = 1.8
+    ) -> tuple[list[Any], dict[bytes, bytes]]:
+        """Runs a script and, in the same round trip, reads the hash that is its first key: [word, ...] and what is in it.
+
+        The hash's echo is its session_id. It is read a moment later: who needs what the script has just written looks for it.
+        """
+        reply, fields = await self._run(name, session_id, keys, arguments, timeout_s, ("HGETALL", keys[0]))
+        if isinstance(fields, list):  # the client of a cluster makes a dict of it
+            fields = dict(zip(fields[::2], fields[1::2], strict=False))
+        if not isinstance(fields, dict) or (fields and fields.get(b"session_id") != session_id.encode()):
+            await self._refuse_foreign(name)
+        return reply, fields
+
+    async def _run(
+        self,
+        name: str,
+        session_id: str,
+        keys: Sequence[str],
+        arguments: Mapping[str, Argument],
+        timeout_s: float,
+        *more: Command,
+    ) -> list[Any]:
+        """The script's reply, without its echo, and the replies to `more`."""
         nonce = f"{self._nonce_head}-{next(self._nonce_tail)}"
-        tail: list[Argument] = [*keys, "session_id", session_id, "nonce", nonce]
-        for pair in arguments.items():
-            tail += pair
-        try:
-            reply = await call(partial(self._evaluate, name, len(keys), tail), timeout_s)
-        except CommandRefused as error:
+        order = self._orders[name]
+        tail: list[Argument]
+        if order:
+            # Scripts that are run often say the order of their arguments; names would double them.
+            tail = [*keys, session_id, nonce, *(arguments[one] for one in order)]
+        else:
+            tail = [*keys, "session_id", session_id, "nonce", nonce]
+            for pair in arguments.items():
+                tail += pair
+        reply, *others = await self._evaluate(name, len(keys), tail, timeout_s, *more)
+        if isinstance(reply, ResponseError):
             # An error has no echo. One that a script met says where in it; others belong to another command.
-            if "@user_script" in str(error):
-                raise
-            reply = None
+            error = refusal(reply)
+            if not isinstance(error, CommandRefused) or "@user_script" in str(error):
+                raise error from reply
         if not self._belongs(reply, session_id, nonce):
-            self.foreign_replies += 1
-            log.error("redis.foreign_reply", script=name)
-            await drop_connections(self._client)
-            raise ForeignReply(f"the reply to {name} belongs to another call")
+            await self._refuse_foreign(name)
         word = reply[0].decode()
         if word == "damaged":
             field = reply[3].decode(errors="replace")
             raise Damaged(f"session {masked(session_id)}", field, "is missing or unreadable in Redis")
-        return [word, *reply[3:]]
+        return [[word, *reply[3:]], *others]
+
+    async def _refuse_foreign(self, name: str) -> NoReturn:
+        self.foreign_replies += 1
+        log.error("redis.foreign_reply", script=name)
+        await drop_connections(self._client)
+        raise ForeignReply(f"the reply to {name} belongs to another call")
 
     def _belongs(self, reply: Any, session_id: str, nonce: str) -> bool:
         return (
@@ -95,9 +144,8 @@ class Scripts:
         numbered = {str(number): argument for number, argument in enumerate(arguments, 1)}
         return (await self.run("command", "", [key], {"command": command, **numbered}, timeout_s))[1]
 
-    async def _evaluate(self, name: str, key_count: int, tail: list[Argument]) -> Any:
-        async with self._free:
-            try:
-                return await self._client.execute_command("EVALSHA", self._digests[name], key_count, *tail)
-            except NoScriptError:
-                return await self._client.execute_command("EVAL", self._texts[name], key_count, *tail)
+    async def _evaluate(self, name: str, key_count: int, tail: list[Argument], timeout_s: float, *more: Command) -> list[Any]:
+        replies = await self._lines.ask([("EVALSHA", self._digests[name], key_count, *tail), *more], timeout_s)
+        if isinstance(replies[0], NoScriptError):
+            replies = await self._lines.ask([("EVAL", self._texts[name], key_count, *tail), *more], timeout_s)
+        return replies

@@ -16,10 +16,13 @@ from persistence.logs import Part, log_arguments
 from persistence.records import (
     Session,
     Turn,
+    decode_hash,
     decode_session,
     decode_turn,
     encode_object,
+    encode_session,
     encode_turn,
+    ms_of,
 )
 from persistence.scripts import Scripts
 
@@ -206,7 +209,7 @@ class SessionStore:
 
         `digest` is one of the message, so that its `message_id` is not taken for another's while it is being answered.
         """
-        reply = await self._scripts.run(
+        reply, fields = await self._scripts.run_and_read(
             "begin",
             session_id,
             self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket"),
@@ -216,7 +219,6 @@ class SessionStore:
                 "message_id": message_id,
                 "digest": digest,
                 "lease_ms": self.lease_ms,
-                "hot_turns": policy.hot_turns,
                 "hot_ttl_s": policy.hot_ttl_s,
                 "if_busy": policy.if_busy,
                 "max_waiting": policy.max_waiting,
@@ -231,9 +233,19 @@ class SessionStore:
         )
         where = f"session {masked(session_id)}"
         match reply:
-            case ["begun", fence, now_ms, first, header, turns, rate_ahead_ms]:
-                decoded = _turns(turns, first, where)
-                return Begun(int(fence), int(now_ms), decode_session(header, where), first, decoded, rate_ahead_ms)
+            case ["begun", fence, now_ms, rate_ahead_ms]:
+                if fields.get(b"turn") != turn_id.encode():
+                    # Something ended the turn between the script and the reading: the script knows what to say of it.
+                    return await self.begin(
+                        session_id, turn_id, access, policy, message_id=message_id, digest=digest
+                    )
+                try:
+                    session, first, turns = decode_hash(fields, policy.hot_turns, where)
+                except Damaged:
+                    # Nobody knows of the turn yet: the session stays as it was found.
+                    await self.abort(session_id, turn_id, int(fence))
+                    raise
+                return Begun(int(fence), int(now_ms), session, first, turns, rate_ahead_ms)
             case ["absent", ticket]:
                 return Absent(ticket)
             case ["replay", number, header, turn]:
@@ -249,42 +261,58 @@ class SessionStore:
         raise Damaged(where, "reply", f"of begin is {reply[0]}")
 
     async def commit(
-        self,
-        session_id: str,
-        turn_id: str,
-        fence: int,
-        number: int,
-        turn: Turn,
-        policy: TurnPolicy,
-        context: str = "",
-        part: Part | None = None,
+        self, begun: Begun, turn: Turn, policy: TurnPolicy, context: dict[str, Any] | None = None, part: Part | None = None
     ) -> Committed | None:
-        """Appends turn `number` and puts its record on the outbox; None when the session was lost to someone else.
+        """Appends the turn to the session that `begun` gave and puts its record on the outbox; None when the session was lost
+        to someone else.
 
-        `context` is a JSON object, or empty to leave it as it is; `part` is what the turn's log still lacks. Committing
-        the same turn again adds nothing.
+        The session's last activity is the turn's last message. `context` is None to leave it as it is; `part` is what the
+        turn's log still lacks. Committing the same turn again adds nothing.
         """
-        reply = await self._scripts.run(
-            "commit",
-            session_id,
-            [
-                *self._key(session_id, "outbox", "outbox_bytes", "live", "running", "logs"),
-                self._keys.events(session_id, turn_id),
-            ],
-            {
-                "turn_id": turn_id,
-                "fence": fence,
-                "number": number,
-                "turn": encode_turn(turn),
-                "messages": len(turn.messages),
-                "context": context,
-                "hot_turns": policy.hot_turns,
-                **log_arguments(self._keys, session_id, part),
-            },
-        )
-        if reply[0] == "lost":
-            return None
-        return Committed(reply[1], reply[2].decode())
+        before = begun.session
+        session_id, encoded = before.session_id, encode_turn(turn)
+        keys = [
+            *self._key(session_id, "outbox", "outbox_bytes", "live", "running", "logs"),
+            self._keys.events(session_id, turn.id),
+        ]
+        while True:
+            after = msgspec.structs.replace(
+                before,
+                status="active",
+                ended_at="",
+                turns=begun.session.turns + 1,
+                message_count=before.message_count + len(turn.messages),
+                last_activity_at=turn.messages[-1].created_at,
+                context=before.context if context is None else context,
+                revision=before.revision + 1,
+            )
+            reply = await self._scripts.run(
+                "commit",
+                session_id,
+                keys,
+                {
+                    "turn_id": turn.id,
+                    "fence": begun.fence,
+                    "revision": before.revision,
+                    "number": after.turns,
+                    "turn": encoded,
+                    "message_count": after.message_count,
+                    "last_activity_at": after.last_activity_at,
+                    "last_activity_ms": ms_of(after.last_activity_at),
+                    "context": "" if context is None else encode_object(context),
+                    "described": encode_session(after),
+                    "hot_turns": policy.hot_turns,
+                    **log_arguments(self._keys, session_id, part),
+                },
+            )
+            match reply:
+                case ["committed"]:
+                    return Committed(after.message_count, after.last_activity_at)
+                case ["changed", header]:
+                    # A user was given the session while the turn ran: what is committed is theirs.
+                    before = decode_session(header, f"session {masked(session_id)}")
+                case _:
+                    return None
 
     async def abort(self, session_id: str, turn_id: str, fence: int = 0, part: Part | None = None) -> bool:
         """Gives up a running or waiting turn; whether it was still there. `part` is what its log still lacks."""

@@ -91,9 +91,7 @@ async def _say(stores: Stores, number: int, turn: int) -> None:
     at = iso(begun.now_ms)
     question, answer = _words(number, turn)
     messages = [Message(str(uuid7()), "user", question, at), Message(str(uuid7()), "assistant", answer, at)]
-    committed = await stores.sessions.commit(
-        session_id, turn_id, begun.fence, turn, Turn(turn_id, None, 2 * turn - 1, messages), POLICY
-    )
+    committed = await stores.sessions.commit(begun, Turn(turn_id, None, 2 * turn - 1, messages), POLICY)
     assert committed, f"turn {turn} of {session_id} was lost"
 
 

@@ -202,7 +202,7 @@ async def test_a_poison_record_is_set_aside_and_delays_nobody(
     begun, turn_id = await layer.begin(ids[0])
     turn = new_turn(begun, turn_id)
     turn.messages[0].content = "a NUL \0 that Postgres refuses"
-    await layer.commit(ids[0], begun, turn)
+    await layer.commit(begun, turn)
     assert await worker.drain(20)
     (letter,) = await stores.outbox.dead_letters()
     assert (letter.session_id, letter.fact) == (ids[0], "t:2")

@@ -149,7 +149,7 @@ async def test_a_turn_that_runs_meanwhile_is_not_committed(stores: Stores, flush
     turn_id, begun = await begin(stores, SESSION_ID)
     session_uuid = await erase(stores)
     turn = begun.turns[-1]
-    assert await stores.sessions.commit(SESSION_ID, turn_id, begun.fence, 2, turn, POLICY) is None
+    assert await stores.sessions.commit(begun, turn, POLICY) is None
     await flush()
     await assert_gone(stores, rows, session_uuid)
 
@@ -368,7 +368,7 @@ class Race:
         if late:
             turn_id, begun = late
             turn = Turn(turn_id, None, 1, [])
-            assert await stores.sessions.commit(session_id, turn_id, begun.fence, 1, turn, POLICY) is None
+            assert await stores.sessions.commit(begun, turn, POLICY) is None
             await self._log(session_id, *late)
         if snapshot:
             assert not await stores.sessions.hydrate(snapshot, begun.fence if late else 1, 1800)

@@ -212,7 +212,7 @@ class Machine(RuleBasedStateMachine):
         turn_id, message_id = name.split("/")
         turn = new_turn(begun, turn_id, message_id, f"text of {turn_id}")
         for _ in range(1 + twice):
-            committed = await self.layer.commit(one.session_id, begun, turn, POLICY)
+            committed = await self.layer.commit(begun, turn, POLICY)
             assert isinstance(committed, Committed)
             assert committed.message_count == 2 * (len(one.turns) + 1)
         one.turns.append(turn)
@@ -235,7 +235,7 @@ class Machine(RuleBasedStateMachine):
         """A paused owner wakes up: nothing changes, which the invariants see."""
         one = self.expected[which]
         for begun, turn in one.lost:
-            assert self.run(self.layer.commit(one.session_id, begun, turn, POLICY)) is None
+            assert self.run(self.layer.commit(begun, turn, POLICY)) is None
 
     @rule(which=WHICH)
     def abort(self, which: int) -> None:

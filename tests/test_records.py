@@ -245,7 +245,7 @@ async def test_a_commit_onto_damage_changes_nothing(layer: Layer, session_id: st
     await damage(layer, session_id, "message_count", "x")
     before = await layer.dump()
     with pytest.raises(Damaged) as caught:
-        await layer.commit(session_id, begun, new_turn(begun, turn_id))
+        await layer.commit(begun, new_turn(begun, turn_id))
     assert caught.value.field == "message_count"
     assert await layer.dump() == before
 
@@ -427,7 +427,7 @@ async def test_a_stored_hash_of_format_1_is_read_and_goes_on(layer: Layer) -> No
     replay = await begin(layer, session_id, "m2")
     assert replay.turn == expected_turn()
     begun, turn_id = await layer.begin(session_id)
-    assert await layer.commit(session_id, begun, new_turn(begun, turn_id)) is not None
+    assert await layer.commit(begun, new_turn(begun, turn_id)) is not None
     (record,) = await layer.take()
     assert (record.fact, record.session.revision, record.session.message_count) == ("t:3", 4, 6)
     old = Record("1767225602000-0", "t:2", record.session, None)

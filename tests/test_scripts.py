@@ -154,8 +154,8 @@ async def test_a_foreign_reply_to_a_write_leaves_repeating_it_safe(behind: Layer
     turn = new_turn(begun, turn_id)
     proxy.plants = 1
     with pytest.raises(ForeignReply):
-        await behind.commit(session_id, begun, turn)
-    committed = await behind.commit(session_id, begun, turn)
+        await behind.commit(begun, turn)
+    committed = await behind.commit(begun, turn)
     assert isinstance(committed, Committed)
     assert committed.message_count == 2
     assert (await read(behind, session_id)).turns == 1
@@ -374,10 +374,10 @@ async def test_a_reply_that_never_comes_fails_the_call_within_two_seconds(behind
     proxy.swallowing = True
     started = monotonic()
     with pytest.raises(RedisUnavailable):
-        await behind.commit(session_id, begun, turn)
+        await behind.commit(begun, turn)
     assert monotonic() - started < 2.5, "2 s, and some for a busy machine"
     proxy.swallowing = False
-    assert isinstance(await behind.commit(session_id, begun, turn), Committed)
+    assert isinstance(await behind.commit(begun, turn), Committed)
     assert (await read(behind, session_id)).turns == 1, "the commit whose reply was lost has happened, once"
 
 

@@ -47,7 +47,7 @@ async def test_the_layer_works_and_follows_a_promotion(sentinel: servers.RedisSe
 
     async def promoted() -> bool:
         try:
-            return await layer.commit(waiting, begun, turn) is not None
+            return await layer.commit(begun, turn) is not None
         except RedisUnavailable:
             return False
 

@@ -264,9 +264,9 @@ async def test_an_interrupting_turn_takes_the_session_over(layer: Layer) -> None
     second, second_id = await layer.begin(session_id, policy=policy)
     assert second.fence > begun.fence
     assert not await layer.sessions.renew(session_id, turn_id, begun.fence)
-    assert await layer.commit(session_id, begun, new_turn(begun, turn_id)) is None
+    assert await layer.commit(begun, new_turn(begun, turn_id)) is None
     assert not await layer.sessions.abort(session_id, turn_id)
-    assert await layer.commit(session_id, second, new_turn(second, second_id)) is not None
+    assert await layer.commit(second, new_turn(second, second_id)) is not None
     assert isinstance(await layer.sessions.begin(session_id, "waiter", ACCESS, POLICY), Begun)
 
 
@@ -277,8 +277,8 @@ async def test_a_turn_whose_lease_ran_out_gives_way(redis_server: RedisServer) -
         await _lease_over(layer, session_id)
         second, second_id = await layer.begin(session_id)
         assert second.fence > first.fence
-        assert await layer.commit(session_id, first, new_turn(first, first_id)) is None
-        assert await layer.commit(session_id, second, new_turn(second, second_id)) is not None
+        assert await layer.commit(first, new_turn(first, first_id)) is None
+        assert await layer.commit(second, new_turn(second, second_id)) is not None
 
 
 async def test_an_answered_message_is_given_back(layer: Layer) -> None:
@@ -306,7 +306,7 @@ async def test_metadata_that_looks_like_a_message_id_is_not_one(layer: Layer) ->
     begun, turn_id = await layer.begin(session_id)
     turn = new_turn(begun, turn_id, "m1")
     turn.messages[0].metadata = {"message_id": "m2"}
-    await layer.commit(session_id, begun, turn)
+    await layer.commit(begun, turn)
     assert isinstance(await layer.sessions.begin(session_id, "x", ACCESS, POLICY, message_id="m2"), Begun)
 
 
@@ -316,7 +316,7 @@ async def test_a_full_backlog_refuses_new_turns_but_not_the_commit_of_one_that_r
         begun, turn_id = await layer.begin(first)
         await layer.open(second)
         assert await layer.sessions.begin(second, "x", ACCESS, POLICY) == Refused("backlog_full")
-        assert await layer.commit(first, begun, new_turn(begun, turn_id)) is not None
+        assert await layer.commit(begun, new_turn(begun, turn_id)) is not None
         await layer.flush()
         await layer.begin(second)
 
@@ -496,7 +496,7 @@ async def test_a_commit_changes_session_and_outbox_together(layer: Layer) -> Non
     await layer.flush()
     begun, turn_id = await layer.begin(session_id)
     turn = new_turn(begun, turn_id, "m1")
-    committed = await layer.commit(session_id, begun, turn, context='{"step":2}')
+    committed = await layer.commit(begun, turn, context={"step": 2})
     (record,) = await layer.take()
     hot = await layer.read(session_id)
     assert isinstance(committed, Committed)
@@ -515,7 +515,7 @@ async def test_a_commit_changes_session_and_outbox_together(layer: Layer) -> Non
 
 async def test_a_context_stays_unless_a_turn_sets_one(layer: Layer) -> None:
     session_id = (await layer.open()).session_id
-    await layer.chat(session_id, context='{"step":1}')
+    await layer.chat(session_id, context={"step": 1})
     await layer.chat(session_id)
     assert (await layer.read(session_id)).session.context == {"step": 1}
 
@@ -525,9 +525,9 @@ async def test_only_the_holder_of_the_fence_commits(layer: Layer) -> None:
     begun, turn_id = await layer.begin(session_id)
     before = await layer.dump()
     turn = new_turn(begun, turn_id)
-    assert await layer.sessions.commit(session_id, turn_id, begun.fence + 1, 1, turn, POLICY) is None
-    assert await layer.sessions.commit(session_id, "other", begun.fence, 1, new_turn(begun, "other"), POLICY) is None
-    assert await layer.sessions.commit(new_id(), turn_id, begun.fence, 1, turn, POLICY) is None
+    assert await layer.commit(msgspec.structs.replace(begun, fence=begun.fence + 1), turn) is None
+    assert await layer.commit(begun, new_turn(begun, "other")) is None
+    assert await layer.commit(msgspec.structs.replace(begun, session=msgspec.structs.replace(begun.session, session_id=new_id())), turn) is None
     assert await layer.dump() == before
 
 
@@ -537,7 +537,7 @@ async def test_a_turn_does_not_outlive_the_end_of_its_session(layer: Layer, oper
     begun, turn_id = await layer.begin(session_id)
     await OPERATIONS[operation](layer.sessions, session_id, ACCESS)
     before = await layer.dump()
-    assert await layer.commit(session_id, begun, new_turn(begun, turn_id)) is None
+    assert await layer.commit(begun, new_turn(begun, turn_id)) is None
     assert not await layer.sessions.renew(session_id, turn_id, begun.fence)
     assert not await layer.sessions.abort(session_id, turn_id)
     assert await layer.dump() == before
@@ -548,10 +548,10 @@ async def test_a_commit_repeated_after_the_next_turn_is_still_known(layer: Layer
     session_id, policy = (await layer.open()).session_id, with_policy(hot_turns=1)
     begun, turn_id = await layer.begin(session_id)
     turn = new_turn(begun, turn_id)
-    assert await layer.commit(session_id, begun, turn, policy) is not None
+    assert await layer.commit(begun, turn, policy) is not None
     await layer.flush()
     await layer.chat(session_id, policy=policy)
-    assert await layer.commit(session_id, begun, turn, policy) is not None
+    assert await layer.commit(begun, turn, policy) is not None
 
 
 async def test_a_message_that_left_the_hot_window_is_not_answered_twice(layer: Layer) -> None:
@@ -625,7 +625,7 @@ async def test_the_turn_of_a_dead_pod_is_reaped_and_not_before(redis_server: Red
         await _lease_over(layer, session_id)
         assert await layer.sessions.reap(session_id) == turn_id
         assert await layer.sessions.reap(session_id) is None
-        assert await layer.commit(session_id, begun, new_turn(begun, turn_id)) is None
+        assert await layer.commit(begun, new_turn(begun, turn_id)) is None
         assert not await layer.client.execute_command("ZCARD", layer.keys.running(0))
 
 
@@ -758,7 +758,7 @@ async def test_a_session_is_hydrated_with_its_newest_turns_only(layer: Layer) ->
     assert await layer.sessions.hydrate(part, await ticket_for(layer, session_id), 60)
     begun, turn_id = await layer.begin(session_id)
     assert (begun.first, begun.turns) == (4, snapshot.turns[3:])
-    await layer.commit(session_id, begun, new_turn(begun, turn_id))
+    await layer.commit(begun, new_turn(begun, turn_id))
     hot = await layer.read(session_id)
     assert (hot.first_hot, hot.session.turns, len(hot.turns)) == (4, 6, 3)
 
@@ -812,7 +812,7 @@ async def test_a_session_has_a_ttl_exactly_when_postgres_has_all_of_it_and_no_tu
     await layer.sessions.abort(session_id, turn_id)
     seen.append(await layer.has_ttl(session_id))
     begun, turn_id = await layer.begin(session_id)
-    await layer.commit(session_id, begun, new_turn(begun, turn_id))
+    await layer.commit(begun, new_turn(begun, turn_id))
     seen.append(await layer.has_ttl(session_id))
     records = await layer.take()
     begun, turn_id = await layer.begin(session_id)
@@ -911,7 +911,7 @@ async def test_thousands_of_hot_turns_are_served_and_trimmed(layer: Layer) -> No
     await layer.set(session_id, turns=total, flushed=total, **fields)
     assert len((await layer.read(session_id, 10**9)).turns) == total
     begun, turn_id = await layer.begin(session_id, message_id="none of them")
-    await layer.commit(session_id, begun, new_turn(begun, turn_id))
+    await layer.commit(begun, new_turn(begun, turn_id))
     assert (await layer.read(session_id)).first_hot == total + 1 - 25 + 1
 
 
@@ -936,7 +936,7 @@ async def _twice_commit(layer: Layer) -> Repeated:
     session_id = (await layer.open()).session_id
     begun, turn_id = await layer.begin(session_id)
     turn = new_turn(begun, turn_id)
-    return lambda: layer.commit(session_id, begun, turn, context='{"a":1}')
+    return lambda: layer.commit(begun, turn, context={"a": 1})
 
 
 async def _twice_abort(layer: Layer) -> Repeated:
@@ -1283,7 +1283,7 @@ async def test_a_turn_id_is_used_once(layer: Layer) -> None:
     """A begin that was delayed on its way must not run a turn again that is committed."""
     session_id = (await layer.open()).session_id
     begun, turn_id = await layer.begin(session_id)
-    await layer.commit(session_id, begun, new_turn(begun, turn_id))
+    await layer.commit(begun, new_turn(begun, turn_id))
     assert (await layer.read(session_id)).turns[0].id == turn_id
     other, _ = await layer.begin(session_id, str(uuid7()))
     assert other.fence > begun.fence

@@ -9,7 +9,7 @@ local args = named(ARGV)
 local function reply(word) return {word, args.session_id, args.nonce} end
 
 local session = load(session_key)
-if not session or damage(session) then return reply('lost') end
+if not session or confusion(session) or not session.waiting then return reply('lost') end
 local waiting, found = {}, false
 for waiter in string.gmatch(session.waiting, '%S+') do
   if string.sub(waiter, 1, #args.turn_id + 1) == args.turn_id .. '@' then
@@ -21,6 +21,5 @@ end
 if found then store(session_key, session, {waiting = table.concat(waiting, ' ')}) end
 if session.turn ~= args.turn_id then return reply(found and 'aborted' or 'lost') end
 finish_log(logs_key, events_key, args)
-release(session_key, running_key, session)
-settle(session_key, session, now_ms())
+give_up(session_key, running_key, session)
 return reply('aborted')

@@ -1,17 +1,17 @@
 #!lua
--- Begins a turn: checks everything that can refuse it, takes the session's lease under a new fence, and hands back the
--- session with its newest turns. Repeating it with the same turn_id begins nothing twice.
+-- Begins a turn: checks everything that can refuse it, and takes the session's lease under a new fence. Repeating it with the same turn_id begins nothing twice.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
 -- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0),
 --      user_id ('' none), trusted (1 | 0), message_id ('' none), digest (of the message),
---      lease_ms, hot_turns (how many of the newest turns to return), hot_ttl_s,
+--      lease_ms, hot_ttl_s,
 --      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
 --      rate_messages (0: no limit) per rate_ms, rate_shadow (1: the limit refuses nothing), max_backlog and
 --      max_backlog_bytes (of the outbox), ticket_ms, channel
 -- replies (each followed by session_id and nonce)
---   begun      fence, now_ms, first turn number returned, header, turns, ms that the rate limit is charged beyond now: more
---              than rate_ms when it would have refused the turn
+--   begun      fence, now_ms, ms that the rate limit is charged beyond now: more than rate_ms when it would have refused the
+--              turn. What the session holds is read behind this script: through Lua it takes Redis ten times as long. It may
+--              be damaged in what only its reader looks at, who then gives the turn up (sessions.py)
 --   absent     ticket: hydrate or open under it, then begin again
 --   replay     turn number, header, the turn's JSON: message_id was answered before
 --   busy       lease_left_ms, 1 when it is this message_id that runs, id of the turn that runs
@@ -22,27 +22,44 @@
 --   damaged    field
 local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local args = named(ARGV)
+local args = {
+  session_id = ARGV[1], nonce = ARGV[2], turn_id = ARGV[3], agent_id = ARGV[4], website_domain = ARGV[5],
+  authorized = ARGV[6], user_id = ARGV[7], trusted = ARGV[8], message_id = ARGV[9], digest = ARGV[10],
+  lease_ms = ARGV[11], hot_ttl_s = ARGV[12], if_busy = ARGV[13], max_waiting = ARGV[14], waiter_ms = ARGV[15],
+  rate_messages = ARGV[16], rate_ms = ARGV[17], rate_shadow = ARGV[18], max_backlog = ARGV[19],
+  max_backlog_bytes = ARGV[20], ticket_ms = ARGV[21], channel = ARGV[22],
+}
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
-local session = load(session_key)
-if not session then return absent(fence_key, ticket_key, args) end
-local barred = bar(session, args)
-if barred then return barred end
+local values = redis.call('HMGET', session_key, 'format', 'session_id', 'agent_id', 'website_domain', 'user_id', 'minted',
+  'status', 'turns', 'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting',
+  'rate_tat_ms')
+if not values[1] and redis.call('EXISTS', session_key) == 0 then return absent(fence_key, ticket_key, args) end
+local session = {
+  key = session_key, format = values[1], session_id = values[2], agent_id = values[3], website_domain = values[4],
+  user_id = values[5], minted = values[6], status = values[7], turns = values[8], first_hot = values[9],
+  hot_ttl_s = values[10], turn = values[11], turn_fence = values[12], turn_lease_until = values[13],
+  turn_message_id = values[14], waiting = values[15], rate_tat_ms = values[16],
+}
+local broken = confusion(session)
+for _, name in ipairs({'agent_id', 'website_domain', 'user_id', 'status', 'turn_message_id', 'waiting'}) do
+  broken = broken or not session[name] and name
+end
+if broken then return reply('damaged', broken) end
+local refused = refusal(session, args)
+if refused then return reply(refused) end
 
 local now = now_ms()
-local turns, first_hot = tonumber(session.turns), tonumber(session.first_hot)
-local first = math.max(first_hot, turns - args.hot_turns + 1)
-
-if args.message_id ~= '' and turns > 0 then
+if args.message_id ~= '' then
+  local first_hot = tonumber(session.first_hot)
   local needle = '"message_id":"' .. args.message_id .. '"'
-  for i, turn in ipairs(hot_turns(session_key, first_hot, turns)) do
+  for i, turn in ipairs(hot_turns(session_key, first_hot, tonumber(session.turns))) do
     -- The search is only a filter: visitors' metadata may contain the same text.
     if turn and string.find(turn, needle, 1, true) then
       local readable, decoded = pcall(cjson.decode, turn)
       if not readable or type(decoded) ~= 'table' then return reply('damaged', 't:' .. first_hot + i - 1) end
       if decoded.message_id == args.message_id then
-        return reply('replay', first_hot + i - 1, header(session), turn)
+        return reply('replay', first_hot + i - 1, redis.call('HMGET', session_key, unpack(HEADER)), turn)
       end
     end
   end
@@ -50,12 +67,9 @@ end
 
 if session.status == 'ended' then return reply('ended') end
 
-local function begun(fence, rate_ahead_ms)
-  return reply('begun', fence, now, first, header(session), hot_turns(session_key, first, turns), math.ceil(rate_ahead_ms))
-end
-
 if session.turn == args.turn_id then
-  return begun(session.turn_fence, math.max((tonumber(session.rate_tat_ms) or 0) - now, 0))
+  local ahead_ms = math.max((tonumber(session.rate_tat_ms) or 0) - now, 0)
+  return reply('begun', session.turn_fence, now, math.ceil(ahead_ms))
 end
 
 -- Waiters are `turn_id@dropped_at_ms`, in order of arrival.
@@ -105,14 +119,26 @@ if tonumber(args.rate_messages) > 0 then
 end
 
 if position then table.remove(waiting, position) end
-adopt(session_key, outbox_key, bytes_key, session, args)
+if session.user_id == '' and args.user_id ~= '' then
+  local all = load(session_key)
+  broken = damage(all)
+  if broken then return reply('damaged', broken) end
+  adopt(session_key, outbox_key, bytes_key, all, args)
+end
 local fence = redis.call('INCR', fence_key)
-store(session_key, session, {
-  turn = args.turn_id, turn_fence = fence, turn_lease_until = iso(now + args.lease_ms),
-  turn_message_id = message, waiting = table.concat(waiting, ' '), rate_tat_ms = rate_tat_ms,
-  hot_ttl_s = args.hot_ttl_s,
-})
+local changes = {
+  'turn', args.turn_id, 'turn_fence', fence, 'turn_lease_until', iso(now + args.lease_ms), 'turn_message_id', message,
+  'rate_tat_ms', rate_tat_ms,
+}
+-- These change seldom: each field written costs Redis, and its append-only file, something.
+for name, value in pairs({waiting = table.concat(waiting, ' '), hot_ttl_s = args.hot_ttl_s}) do
+  if session[name] ~= value then
+    changes[#changes + 1] = name
+    changes[#changes + 1] = value
+  end
+end
+redis.call('HSET', session_key, unpack(changes))
 redis.call('PERSIST', session_key)
 redis.call('ZADD', running_key, now + args.lease_ms, args.session_id)
 redis.call('PUBLISH', args.channel, args.turn_id)
-return begun(fence, rate_ahead_ms)
+return reply('begun', fence, now, math.ceil(rate_ahead_ms))

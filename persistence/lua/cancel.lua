@@ -20,7 +20,6 @@ local barred = bar(session, args)
 if barred then return barred end
 if session.turn ~= args.turn_id then return reply('lost') end
 end_log(logs_key, events_key, session.turn_fence, '["turn.cancelled",{}]', args)
-release(session_key, running_key, session)
-settle(session_key, session, now_ms())
+give_up(session_key, running_key, session)
 redis.call('PUBLISH', args.control, args.turn_id)
 return reply('cancelled')

@@ -22,6 +22,6 @@ if session.status ~= 'ended' then
   store(session_key, session, {status = 'ended', ended_at = iso(now_ms()), waiting = ''})
   release(session_key, running_key, session)
   redis.call('PUBLISH', args.channel, '')
-  emit(session_key, outbox_key, bytes_key, session, 'ended:' .. session.revision + 1, '')
+  emit(session_key, outbox_key, bytes_key, session, 'ended')
 end
 return reply('ended', header(session))

@@ -69,7 +69,7 @@ store(session_key, tombstone, {
   hot_ttl_s = 1, turn = '', turn_fence = '', turn_lease_until = '', turn_message_id = '', waiting = '',
   rate_tat_ms = '',
 })
-emit(session_key, outbox_key, bytes_key, tombstone, 'erased:' .. revision + 1, '')
+emit(session_key, outbox_key, bytes_key, tombstone, 'erased')
 -- Who follows a turn, or the session, learns that it is gone.
 redis.call('PUBLISH', args.channel, '')
 return reply('erased', session.id)

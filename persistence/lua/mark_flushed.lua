@@ -4,43 +4,55 @@
 --
 -- KEYS 1 outbox stream, 2 outbox bytes string, 3 live zset, 4 ... session hashes
 -- ARGV session_id ('' : the reply is about several), nonce, group, records: for each record, separated by a space,
---      entry,fact,index of its session's key from 1
+--      entry,bytes,fact,index of its session's key from 1
 -- replies marked, session_id, nonce, number of records taken off
 local outbox_key, bytes_key, live_key = KEYS[1], KEYS[2], KEYS[3]
-local args = named(ARGV)
+local args = {session_id = ARGV[1], nonce = ARGV[2], group = ARGV[3], records = ARGV[4]}
 local session_keys = {}
 for i = 4, #KEYS do session_keys[i - 3] = KEYS[i] end
 
-local removed, done = 0, {}
-for entry, fact, index in string.gmatch(args.records, '([^, ]+),([^, ]+),(%d+)') do
-  if dequeue(outbox_key, bytes_key, args.group, entry) then removed = removed + 1 end
+local removed, removed_bytes, entries, done = 0, 0, {}, {}
+for entry, bytes, fact, index in string.gmatch(args.records, '([^, ]+),(%d+),([^, ]+),(%d+)') do
+  entries[#entries + 1] = entry
+  if redis.call('XDEL', outbox_key, entry) == 1 then
+    removed, removed_bytes = removed + 1, removed_bytes + bytes
+  end
   local session_key = session_keys[tonumber(index)]
-  local tokens = done[session_key] or {}
+  local tokens = done[session_key]
+  if not tokens then
+    tokens = {}
+    done[session_key] = tokens
+  end
   tokens[#tokens + 1] = ' ' .. fact .. '@' .. entry .. ' '
-  done[session_key] = tokens
 end
+for chunk = 1, #entries, 500 do
+  redis.call('XACK', outbox_key, args.group, unpack(entries, chunk, math.min(chunk + 499, #entries)))
+end
+if removed > 0 then uncount(outbox_key, bytes_key, removed_bytes) end
 
 local now = now_ms()
 for session_key, tokens in pairs(done) do
-  local session = load(session_key)
+  local format, status, session_id, turns, turn, unflushed, hot_ttl_s, last_activity_at = unpack(redis.call('HMGET', session_key,
+    'format', 'status', 'session_id', 'turns', 'turn', 'unflushed', 'hot_ttl_s', 'last_activity_at'))
+  turns, hot_ttl_s = whole(turns), whole(hot_ttl_s)
+  local last = from_iso(last_activity_at)
   -- A damaged session is left for its owner to find: it keeps no TTL, so it stays.
-  if session and not damage(session) then
+  if format == '1' and status and session_id and turns and turn and unflushed and hot_ttl_s and last then
     -- Cut out one by one: nearly always they are the first ones of a list that may be long.
-    local unflushed = ' ' .. session.unflushed .. ' '
+    local left = ' ' .. unflushed .. ' '
     for _, token in ipairs(tokens) do
-      local from, to = string.find(unflushed, token, 1, true)
-      if from then unflushed = string.sub(unflushed, 1, from) .. string.sub(unflushed, to + 1) end
+      local from, to = string.find(left, token, 1, true)
+      if from then left = string.sub(left, 1, from) .. string.sub(left, to + 1) end
     end
     -- The turns among them are in order: Postgres has all before the first.
-    local first = string.match(unflushed, ' t:(%d+)@')
-    local flushed = first and first - 1 or tonumber(session.turns)
-    unflushed = string.sub(unflushed, 2, -2)
-    if session.status == 'erased' and unflushed == '' then
+    local first = string.match(left, ' t:(%d+)@')
+    left = string.sub(left, 2, -2)
+    if status == 'erased' and left == '' then
       redis.call('DEL', session_key)
-      redis.call('ZREM', live_key, session.session_id)
+      redis.call('ZREM', live_key, session_id)
     else
-      store(session_key, session, {unflushed = unflushed, flushed = flushed})
-      settle(session_key, session, now)
+      redis.call('HSET', session_key, 'unflushed', left, 'flushed', string.format('%d', first and first - 1 or turns))
+      settle(session_key, left, turn, hot_ttl_s, last, now)
     end
   end
 end

@@ -44,7 +44,7 @@ store(session_key, session, {
   first_hot = 1, flushed = 0, unflushed = '', hot_ttl_s = args.hot_ttl_s, turn = '', turn_fence = '',
   turn_lease_until = '', turn_message_id = '', waiting = '', rate_tat_ms = '',
 })
-emit(session_key, outbox_key, bytes_key, session, 'opened:1', '')
+emit(session_key, outbox_key, bytes_key, session, 'opened')
 redis.call('ZADD', live_key, now, args.session_id)
 redis.call('DEL', ticket_key)
 return reply('opened', header(session))

@@ -1,22 +1,27 @@
--- What every script shares; put behind its `#!lua` line when it is loaded.
+-- What scripts share. When a script is loaded, the blocks whose names it uses are put behind its `#!lua` line, for all that
+-- stands there is done anew at each call. A block begins with `local`, and a blank line is before it.
 
--- The fields of a session hash that describe the session and travel with every outbox record, in this order.
--- records.py reads them by name.
+-- The fields of a session hash that describe the session, in this order. records.py reads them by name.
 local HEADER = {
   'format', 'id', 'session_id', 'agent_id', 'channel', 'status', 'user_id', 'website_domain', 'ip_address',
   'user_agent', 'started_at', 'last_activity_at', 'ended_at', 'message_count', 'context', 'metadata', 'minted',
   'turns', 'revision',
 }
+
 -- The fields that only the hash has: where its turns are and what holds it.
 local STATE = {
   'first_hot', 'flushed', 'unflushed', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id',
   'waiting', 'rate_tat_ms',
 }
 
-local FIELDS = {}
-for _, names in ipairs({HEADER, STATE}) do
-  for _, name in ipairs(names) do FIELDS[#FIELDS + 1] = name end
-end
+-- HEADER, then STATE.
+local FIELDS = {
+  'format', 'id', 'session_id', 'agent_id', 'channel', 'status', 'user_id', 'website_domain', 'ip_address',
+  'user_agent', 'started_at', 'last_activity_at', 'ended_at', 'message_count', 'context', 'metadata', 'minted',
+  'turns', 'revision',
+  'first_hot', 'flushed', 'unflushed', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id',
+  'waiting', 'rate_tat_ms',
+}
 
 -- ARGV as name, value, name, value ... becomes a table.
 local function named(argv)
@@ -68,50 +73,59 @@ end
 -- The session's fields by name, or nil when there is no such session.
 local function load(key)
   local values = redis.call('HMGET', key, unpack(FIELDS))
-  local session, found = {}, false
-  for i, name in ipairs(FIELDS) do
-    session[name] = values[i]
-    if values[i] then found = true end
-  end
-  if not found and redis.call('EXISTS', key) == 0 then return nil end
-  session.key, session.size = key, redis.call('HLEN', key)
+  if not values[1] and redis.call('EXISTS', key) == 0 then return nil end
+  local session = {key = key}
+  for i = 1, #FIELDS do session[FIELDS[i]] = values[i] end
   return session
 end
 
 -- A whole number that is not negative, as scripts write it; else nil ('nan', 'inf' and '1e300' are numbers to Lua).
 local function whole(text)
-  return text and #text <= 15 and string.match(text, '^%d+$') and tonumber(text) or nil
+  return text and #text <= 15 and not string.find(text, '%D') and tonumber(text) or nil
 end
 
--- The name of a field that is missing or unreadable, or nil. Damage is never taken for absence.
-local function damage(session)
+-- The name of a field without which nobody can tell what runs on the session and where its turns are, or nil. `session` has
+-- at least those that are named here.
+local function confusion(session)
   if session.format ~= '1' then return 'format' end
-  for _, name in ipairs({'message_count', 'turns', 'revision', 'first_hot', 'flushed', 'hot_ttl_s'}) do
-    if not whole(session[name]) then return name end
-  end
-  for _, name in ipairs(FIELDS) do
-    if not session[name] then return name end
-  end
-  local uuid = '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$'
-  if not string.match(session.id, uuid) then return 'id' end
-  if session.status ~= 'erased' and not string.match(session.agent_id, uuid) then return 'agent_id' end
-  local tail = ':session:' .. session.session_id
-  if string.sub(session.key, -#tail) ~= tail then return 'session_id' end
+  local turns, first_hot = whole(session.turns), whole(session.first_hot)
+  if not turns then return 'turns' end
+  if not first_hot or first_hot < 1 or first_hot > turns + 1 then return 'first_hot' end
+  local hot_ttl_s = whole(session.hot_ttl_s)
+  if not hot_ttl_s or hot_ttl_s < 1 then return 'hot_ttl_s' end
+  if turns - first_hot + 1 > redis.call('HLEN', session.key) then return 'turns' end
   if session.minted ~= '0' and session.minted ~= '1' then return 'minted' end
-  for _, name in ipairs({'started_at', 'last_activity_at'}) do
-    if not from_iso(session[name]) then return name end
-  end
-  if session.ended_at ~= '' and not from_iso(session.ended_at) then return 'ended_at' end
-  local turns, first_hot = tonumber(session.turns), tonumber(session.first_hot)
-  if tonumber(session.flushed) > turns then return 'flushed' end
-  if first_hot < 1 or first_hot > turns + 1 then return 'first_hot' end
-  if turns - first_hot + 1 > session.size then return 'turns' end
-  if tonumber(session.hot_ttl_s) < 1 then return 'hot_ttl_s' end
+  if not session.turn then return 'turn' end
   if session.turn ~= '' then
     if not whole(session.turn_fence) then return 'turn_fence' end
     if not from_iso(session.turn_lease_until) then return 'turn_lease_until' end
   end
-  if session.rate_tat_ms ~= '' and not string.match(session.rate_tat_ms, '^%d+%.?%d*$') then return 'rate_tat_ms' end
+  if not session.rate_tat_ms or session.rate_tat_ms ~= '' and not string.match(session.rate_tat_ms, '^%d+%.?%d*$') then
+    return 'rate_tat_ms'
+  end
+  local tail = ':session:' .. (session.session_id or '')
+  if string.sub(session.key, -#tail) ~= tail then return 'session_id' end
+  return nil
+end
+
+-- The name of a field that is missing or unreadable, or nil. Damage is never taken for absence.
+local function damage(session)
+  local field = confusion(session)
+  if field then return field end
+  for _, name in ipairs({'message_count', 'revision', 'flushed'}) do
+    if not whole(session[name]) then return name end
+  end
+  for i = 1, #FIELDS do
+    if not session[FIELDS[i]] then return FIELDS[i] end
+  end
+  local uuid = '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$'
+  if not string.match(session.id, uuid) then return 'id' end
+  if session.status ~= 'erased' and not string.match(session.agent_id, uuid) then return 'agent_id' end
+  if tonumber(session.flushed) > tonumber(session.turns) then return 'flushed' end
+  for _, name in ipairs({'started_at', 'last_activity_at'}) do
+    if not from_iso(session[name]) then return name end
+  end
+  if session.ended_at ~= '' and not from_iso(session.ended_at) then return 'ended_at' end
   return nil
 end
 
@@ -169,46 +183,63 @@ local function backlog_full(outbox_key, bytes_key, args)
     or records > 0 and outbox_bytes(bytes_key) >= tonumber(args.max_backlog_bytes)
 end
 
--- Puts a record, a list of names and values, on an outbox and counts its bytes, which it carries as its last field: what
--- is taken off the counter later is what was added. Returns the entry's id.
-local function enqueue(outbox_key, bytes_key, record)
-  local bytes = 0
-  for _, part in ipairs(record) do bytes = bytes + #part end
-  record[#record + 1] = 'bytes'
-  record[#record + 1] = string.format('%d', bytes)
-  redis.call('SET', bytes_key, string.format('%d', outbox_bytes(bytes_key) + bytes))
-  return redis.call('XADD', outbox_key, '*', unpack(record))
+-- Puts a record on an outbox and counts its bytes, which it carries as its last field: what is taken off the counter later is
+-- what was added. `described` is the session as JSON, `turn` the turn's JSON or ''. Returns the entry's id.
+local function enqueue(outbox_key, bytes_key, session_id, fact, described, turn)
+  -- The names and the format are 32 bytes.
+  local bytes = string.format('%d', 32 + #session_id + #fact + #described + #turn)
+  local counted = redis.pcall('INCRBY', bytes_key, bytes)
+  if type(counted) == 'table' then redis.call('SET', bytes_key, bytes) end
+  return redis.call('XADD', outbox_key, '*', 'format', '2', 'session_id', session_id, 'fact', fact,
+    'session', described, 'turn', turn, 'bytes', bytes)
 end
 
--- Takes an entry off an outbox and its bytes off the counter; whether it was there. A record of the version before has no
--- bytes. When nothing is left the counter begins anew: an operator may have removed entries by hand.
+-- Takes bytes off an outbox's counter. When nothing is left the counter begins anew: an operator may have removed entries by
+-- hand.
+local function uncount(outbox_key, bytes_key, bytes)
+  local left = redis.call('XLEN', outbox_key) > 0 and math.max(outbox_bytes(bytes_key) - bytes, 0) or 0
+  redis.call('SET', bytes_key, string.format('%d', left))
+end
+
+-- Takes an entry off an outbox and its bytes off the counter, if it is there.
 local function dequeue(outbox_key, bytes_key, group, entry)
   local found = redis.call('XRANGE', outbox_key, entry, entry)[1]
   redis.call('XACK', outbox_key, group, entry)
-  if redis.call('XDEL', outbox_key, entry) == 0 then return false end
+  if redis.call('XDEL', outbox_key, entry) == 0 then return end
   local record, bytes = found[2], 0
   for i = 1, #record, 2 do
     if record[i] == 'bytes' then bytes = whole(record[i + 1]) or 0 end
   end
-  local left = redis.call('XLEN', outbox_key) > 0 and math.max(outbox_bytes(bytes_key) - bytes, 0) or 0
-  redis.call('SET', bytes_key, string.format('%d', left))
-  return true
+  uncount(outbox_key, bytes_key, bytes)
 end
 
--- Puts a fact about the session on its way to Postgres. The hash, already stored, and the record change in one script:
--- both or neither. `turn` is the turn's JSON or ''.
-local function emit(key, outbox_key, bytes_key, session, fact, turn)
-  local revision = session.revision + 1
-  session.revision = tostring(revision)
-  local record = {'fact', fact, 'turn', turn}
-  for _, name in ipairs(HEADER) do
-    record[#record + 1] = name
-    record[#record + 1] = session[name]
+-- The session as JSON, as it travels with a record: records.py decodes it as its Session.
+local function described(session)
+  local members = {}
+  for i = 2, #HEADER do
+    local name, value = HEADER[i], session[HEADER[i]]
+    if name == 'minted' then
+      value = value == '1' and 'true' or 'false'
+    elseif name ~= 'message_count' and name ~= 'turns' and name ~= 'revision' and name ~= 'context' and name ~= 'metadata' then
+      value = cjson.encode(value)
+    end
+    members[#members + 1] = '"' .. name .. '":' .. value
   end
-  local entry = enqueue(outbox_key, bytes_key, record)
-  local unflushed = fact .. '@' .. entry
-  if session.unflushed ~= '' then unflushed = session.unflushed .. ' ' .. unflushed end
-  store(key, session, {revision = revision, unflushed = unflushed})
+  return '{' .. table.concat(members, ',') .. '}'
+end
+
+-- Adds a record on its way to the list of those that Postgres does not have yet.
+local function with_unflushed(unflushed, fact, entry)
+  return (unflushed == '' and '' or unflushed .. ' ') .. fact .. '@' .. entry
+end
+
+-- Puts a fact about the session, other than a turn, on its way to Postgres. The hash, already stored, and the record change
+-- in one script: both or neither.
+local function emit(key, outbox_key, bytes_key, session, word)
+  session.revision = string.format('%d', session.revision + 1)
+  local fact = word .. ':' .. session.revision
+  local entry = enqueue(outbox_key, bytes_key, session.session_id, fact, described(session), '')
+  store(key, session, {revision = session.revision, unflushed = with_unflushed(session.unflushed, fact, entry)})
   redis.call('PERSIST', key)
 end
 
@@ -217,16 +248,17 @@ end
 local function adopt(key, outbox_key, bytes_key, session, args)
   if session.user_id ~= '' or args.user_id == '' then return end
   store(key, session, {user_id = args.user_id})
-  emit(key, outbox_key, bytes_key, session, 'opened:' .. session.revision + 1, '')
+  emit(key, outbox_key, bytes_key, session, 'opened')
 end
 
 -- The one rule of the hot store: a TTL if, and only if, all of the session is in Postgres and no turn runs on it.
-local function settle(key, session, now)
-  if session.unflushed ~= '' or session.turn ~= '' then
+-- `last_activity_ms` is when something last happened on it.
+local function settle(key, unflushed, turn, hot_ttl_s, last_activity_ms, now)
+  if unflushed ~= '' or turn ~= '' then
     redis.call('PERSIST', key)
     return
   end
-  local left = session.hot_ttl_s * 1000 - (now - from_iso(session.last_activity_at))
+  local left = hot_ttl_s * 1000 - (now - last_activity_ms)
   redis.call('PEXPIRE', key, string.format('%d', math.max(left, 1000)))
 end
 
@@ -236,10 +268,17 @@ local function release(key, running_key, session)
   redis.call('ZREM', running_key, session.session_id)
 end
 
+-- Lets go of a turn that came to nothing: the session is as it was before. One that is damaged gets no TTL.
+local function give_up(key, running_key, session)
+  release(key, running_key, session)
+  local last = from_iso(session.last_activity_at)
+  if last then settle(key, session.unflushed, '', session.hot_ttl_s, last, now_ms()) end
+end
+
 -- The session's HEADER as a list, for a reply.
 local function header(session)
   local values = {}
-  for _, name in ipairs(HEADER) do values[#values + 1] = session[name] end
+  for i, name in ipairs(HEADER) do values[i] = session[name] end
   return values
 end
 
@@ -248,8 +287,10 @@ local function hot_turns(key, first, last)
   local turns = {}
   for chunk = first, last, 500 do
     local names = {}
-    for n = chunk, math.min(chunk + 499, last) do names[#names + 1] = 't:' .. n end
-    for _, turn in ipairs(redis.call('HMGET', key, unpack(names))) do turns[#turns + 1] = turn end
+    for n = chunk, math.min(chunk + 499, last) do names[n - chunk + 1] = 't:' .. n end
+    local some = redis.call('HMGET', key, unpack(names))
+    if last - first < 500 then return some end
+    for _, turn in ipairs(some) do turns[#turns + 1] = turn end
   end
   return turns
 end

@@ -11,13 +11,12 @@ local args = named(ARGV)
 local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 local session = load(session_key)
-if not session or damage(session) or session.turn == '' then
+if not session or confusion(session) or session.turn == '' then
   redis.call('ZREM', running_key, args.session_id)
   return reply('kept')
 end
-local now, turn_id = now_ms(), session.turn
-if from_iso(session.turn_lease_until) > now then return reply('kept') end
-release(session_key, running_key, session)
-settle(session_key, session, now)
+local turn_id = session.turn
+if from_iso(session.turn_lease_until) > now_ms() then return reply('kept') end
+give_up(session_key, running_key, session)
 redis.call('PUBLISH', args.channel, turn_id)
 return reply('reaped', turn_id)

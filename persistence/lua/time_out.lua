@@ -19,5 +19,5 @@ local now = now_ms()
 local idle_ms = now - from_iso(session.last_activity_at)
 if session.status ~= 'active' or session.turn ~= '' or idle_ms < tonumber(args.idle_ms) then return reply('kept') end
 store(session_key, session, {status = 'timeout', ended_at = iso(now)})
-emit(session_key, outbox_key, bytes_key, session, 'timeout:' .. session.revision + 1, '')
+emit(session_key, outbox_key, bytes_key, session, 'timeout')
 return reply('timed_out')

@@ -98,19 +98,18 @@ class Layer:
         return begun, turn_id
 
     async def commit(
-        self, session_id: str, begun: Begun, turn: Turn, policy: TurnPolicy = POLICY, context: str = ""
+        self, begun: Begun, turn: Turn, policy: TurnPolicy = POLICY, context: dict[str, Any] | None = None
     ) -> Committed | None:
         """Commits what `begun` began."""
-        number = begun.session.turns + 1
-        return await self.sessions.commit(session_id, turn.id, begun.fence, number, turn, policy, context)
+        return await self.sessions.commit(begun, turn, policy, context)
 
     async def chat(
-        self, session_id: str, text: str = "Hello", message_id: str = "", policy: TurnPolicy = POLICY, context: str = ""
+        self, session_id: str, text: str = "Hello", message_id: str = "", policy: TurnPolicy = POLICY, context: dict[str, Any] | None = None
     ) -> Turn:
         """A whole turn."""
         begun, turn_id = await self.begin(session_id, policy=policy, message_id=message_id)
         turn = new_turn(begun, turn_id, message_id, text)
-        assert await self.commit(session_id, begun, turn, policy, context) is not None
+        assert await self.commit(begun, turn, policy, context) is not None
         return turn
 
     async def take(self, partition: int = 0) -> list[Record]:

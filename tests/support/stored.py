@@ -85,9 +85,7 @@ async def say(
         ],
         metadata=metadata or {},
     )
-    encoded = "" if context is None else encode_object(context)
-    number = begun.session.turns + 1
-    assert await stores.sessions.commit(session_id, turn_id, begun.fence, number, turn, policy, encoded)
+    assert await stores.sessions.commit(begun, turn, policy, context)
     return turn
 
 
