@@ -48,8 +48,8 @@ HEADER = (
     "turns",
     "revision",
 )
-"""The fields of a session that describe it, in the order in which scripts return them (lua/prelude); a record of format 1 has
-each as a field, one of format 2 has the session as JSON."""
+"""The fields of a session that describe it, in the order in which scripts return them (lua/prelude); a record of format 1
+has each as a field, one of format 2 has the session as JSON."""
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -137,8 +137,6 @@ _FIELD = re.compile(r"required field `(\w+)`|`\$\.(\w+)")
 """Where in an object msgspec found what it cannot read."""
 _FACT = re.compile(r"t:[1-9][0-9]{0,8}|(opened|ended|timeout|erased):[0-9]+")
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-_CHANNELS = frozenset(("text", "voice", "phone", ""))
-_STATUSES = frozenset(("active", "ended", "timeout", "erased"))
 
 
 def iso(ms: int) -> str:
@@ -203,59 +201,75 @@ def decode_session(values: Sequence[bytes | None], where: str) -> Session:
     """A session from the values of HEADER. Raises Damaged, naming the field."""
     if len(values) != len(HEADER):
         raise Damaged(where, "header", f"has {len(values)} values")
-    text: dict[str, str] = {}
-    field = "format"
+    # Before all else: nothing is known of what a later format has to have.
+    _check_format((values[0] or b"").decode(errors="replace"), where)
+    fields: dict[str, Any] = {}
+    field = ""
     try:
-        for field, value in zip(HEADER, values, strict=True):
-            text[field] = value.decode()  # type: ignore[union-attr]  # AttributeError is caught
-        field = "format"
-        _check_format(text[field], where)
-        field = "minted"
-        if text[field] not in ("0", "1"):
-            raise Damaged(where, field, "is neither 0 nor 1")
-        # What lua/begin leaves to be looked at here: Redis has no time to spare.
-        for field in ("id", "agent_id"):
-            if not _UUID.fullmatch(text[field]) and (field == "id" or text["status"] != "erased"):
-                raise Damaged(where, field, "is no UUID")
-        for field in ("started_at", "last_activity_at", "ended_at"):
-            if field != "ended_at" or text[field]:
-                moment(text[field])
-        field = "channel"
-        if text[field] not in _CHANNELS:
-            raise Damaged(where, field, "is no channel")
-        field = "status"
-        if text[field] not in _STATUSES:
-            raise Damaged(where, field, "is no status")
-        numbers = {}
-        for field in ("message_count", "turns", "revision"):
-            if not text[field].isdigit():
-                raise Damaged(where, field, "is no number")
-            numbers[field] = int(text[field])
-        objects = {}
-        for field in ("context", "metadata"):
-            objects[field] = _object_decoder.decode(text[field])
-        return Session(
-            id=text["id"],
-            session_id=text["session_id"],
-            agent_id=text["agent_id"],
-            channel=text["channel"],  # type: ignore[arg-type]  # checked above
-            status=text["status"],  # type: ignore[arg-type]  # checked above
-            user_id=text["user_id"],
-            website_domain=text["website_domain"],
-            ip_address=text["ip_address"],
-            user_agent=text["user_agent"],
-            started_at=text["started_at"],
-            last_activity_at=text["last_activity_at"],
-            ended_at=text["ended_at"],
-            minted=text["minted"] == "1",
-            context=objects["context"],
-            metadata=objects["metadata"],
-            message_count=numbers["message_count"],
-            turns=numbers["turns"],
-            revision=numbers["revision"],
-        )
+        for (field, read), value in zip(_READERS, values[1:], strict=True):
+            fields[field] = read(value.decode())  # type: ignore[union-attr]  # AttributeError is caught
+        field = "agent_id"
+        if not fields[field] and fields["status"] != "erased":
+            raise ValueError("is empty")
     except (ValueError, AttributeError, RecursionError, msgspec.DecodeError) as error:
         raise Damaged(where, field, unreadable(error)) from error
+    return Session(**fields)
+
+
+def _uuid(text: str) -> str:
+    if not _UUID.fullmatch(text):
+        raise ValueError("no UUID")
+    return text
+
+
+def _moment(text: str) -> str:
+    moment(text)
+    return text
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("no whole number")
+    return int(text)
+
+
+def _one_of(*known: str) -> Callable[[str], str]:
+    def read(text: str) -> str:
+        if text not in known:
+            raise ValueError("not one of those that there are")
+        return text
+
+    return read
+
+
+_READERS: tuple[tuple[str, Callable[[str], Any]], ...] = tuple(
+    zip(
+        HEADER[1:],
+        (
+            _uuid,
+            str,
+            lambda text: text and _uuid(text),
+            _one_of("text", "voice", "phone", ""),
+            _one_of("active", "ended", "timeout", "erased"),
+            str,
+            str,
+            str,
+            str,
+            _moment,
+            _moment,
+            lambda text: text and _moment(text),
+            _whole,
+            _object_decoder.decode,
+            _object_decoder.decode,
+            lambda text: _one_of("0", "1")(text) == "1",
+            _whole,
+            _whole,
+        ),
+        strict=True,
+    )
+)
+"""How each field of HEADER, but for the format, is read. What lua/begin leaves to be looked at is looked at here: Redis
+has no time to spare."""
 
 
 def decode_hash(fields: Mapping[bytes, bytes], hot_turns: int, where: str) -> tuple[Session, int, list[Turn]]:
@@ -264,20 +278,18 @@ def decode_hash(fields: Mapping[bytes, bytes], hot_turns: int, where: str) -> tu
     Raises Damaged, naming the field.
     """
     session = decode_session([fields.get(name) for name in _HEADER_BYTES], where)
-    numbers = {name: _number(fields, name, where) for name in ("first_hot", "flushed")}
+    numbers = {}
+    for field in ("first_hot", "flushed"):
+        try:
+            numbers[field] = _whole(fields[field.encode()].decode())
+        except (KeyError, ValueError) as error:
+            raise Damaged(where, field, unreadable(error)) from error
     if numbers["flushed"] > session.turns:
         raise Damaged(where, "flushed", "is beyond the turns")
     if b"unflushed" not in fields:
         raise Damaged(where, "unflushed", "is missing")
     first = max(numbers["first_hot"], session.turns - hot_turns + 1)
     return session, first, [decode_turn(fields.get(b"t:%d" % n), where, f"t:{n}") for n in range(first, session.turns + 1)]
-
-
-def _number(fields: Mapping[bytes, bytes], name: str, where: str) -> int:
-    raw = fields.get(name.encode(), b"")
-    if not raw.isdigit():
-        raise Damaged(where, name, "is no number")
-    return int(raw)
 
 
 def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
@@ -308,10 +320,12 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
         found = _FIELD.search(str(error)) if name == b"session" else None
         field = found[1] or found[2] if found else name.decode()
         raise Damaged(_outbox_entry(entry), field, unreadable(error)) from error
-    return Record(entry.decode(), fact, session, turn, _whole(by_name.get(b"bytes", b"")))
+    return Record(entry.decode(), fact, session, turn, _bytes(by_name))
 
 
-def _whole(raw: bytes) -> int:
+def _bytes(by_name: Mapping[bytes, bytes]) -> int:
+    """What a record says that it counts; 0 in records from before they were counted."""
+    raw = by_name.get(b"bytes", b"")
     return int(raw) if raw.isdigit() else 0
 
 
@@ -352,7 +366,7 @@ def _decode_record_1(entry: bytes, by_name: Mapping[bytes, bytes]) -> Record:
     turn = None
     if fact.startswith("t:"):
         turn = decode_turn(turn_json, where, "turn")
-    return Record(entry.decode(), fact, session, turn, _whole(by_name.get(b"bytes", b"")))
+    return Record(entry.decode(), fact, session, turn, _bytes(by_name))
 
 
 def is_fact(text: str) -> bool:

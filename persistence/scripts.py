@@ -74,14 +74,15 @@ class Scripts:
 
         Raises RedisUnavailable (ForeignReply when the echo is wrong), Damaged when the script found a field it can't use.
         """
-        return (await self._run(name, session_id, keys, arguments, timeout_s))[0]
+        (reply,) = await self._run(name, session_id, keys, arguments, timeout_s)
+        return list(reply)
 
     async def run_and_read(
         self, name: str, session_id: str, keys: Sequence[str], arguments: Mapping[str, Argument], timeout_s: float = 1.8
     ) -> tuple[list[Any], dict[bytes, bytes]]:
         """Runs a script and, in the same round trip, reads the hash that is its first key: [word, ...] and what is in it.
 
-        The hash's echo is its session_id. It is read a moment later: who needs what the script has just written looks for it.
+        The hash's echo is its session_id. It is read a moment later: who needs what the script wrote looks for it.
         """
         reply, fields = await self._run(name, session_id, keys, arguments, timeout_s, ("HGETALL", keys[0]))
         if isinstance(fields, list):  # the client of a cluster makes a dict of it
@@ -144,7 +145,9 @@ class Scripts:
         numbered = {str(number): argument for number, argument in enumerate(arguments, 1)}
         return (await self.run("command", "", [key], {"command": command, **numbered}, timeout_s))[1]
 
-    async def _evaluate(self, name: str, key_count: int, tail: list[Argument], timeout_s: float, *more: Command) -> list[Any]:
+    async def _evaluate(
+        self, name: str, key_count: int, tail: list[Argument], timeout_s: float, *more: Command
+    ) -> list[Any]:
         replies = await self._lines.ask([("EVALSHA", self._digests[name], key_count, *tail), *more], timeout_s)
         if isinstance(replies[0], NoScriptError):
             replies = await self._lines.ask([("EVAL", self._texts[name], key_count, *tail), *more], timeout_s)

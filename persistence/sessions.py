@@ -236,9 +236,7 @@ class SessionStore:
             case ["begun", fence, now_ms, rate_ahead_ms]:
                 if fields.get(b"turn") != turn_id.encode():
                     # Something ended the turn between the script and the reading: the script knows what to say of it.
-                    return await self.begin(
-                        session_id, turn_id, access, policy, message_id=message_id, digest=digest
-                    )
+                    return await self.begin(session_id, turn_id, access, policy, message_id=message_id, digest=digest)
                 try:
                     session, first, turns = decode_hash(fields, policy.hot_turns, where)
                 except Damaged:
@@ -263,8 +261,8 @@ class SessionStore:
     async def commit(
         self, begun: Begun, turn: Turn, policy: TurnPolicy, context: dict[str, Any] | None = None, part: Part | None = None
     ) -> Committed | None:
-        """Appends the turn to the session that `begun` gave and puts its record on the outbox; None when the session was lost
-        to someone else.
+        """Appends the turn to the session that `begun` gave and puts its record on the outbox; None when the session was
+        lost to someone else.
 
         The session's last activity is the turn's last message. `context` is None to leave it as it is; `part` is what the
         turn's log still lacks. Committing the same turn again adds nothing.

@@ -146,7 +146,7 @@ async def test_erasing_twice_is_harmless(stores: Stores, flush: Flush, rows: Row
 
 async def test_a_turn_that_runs_meanwhile_is_not_committed(stores: Stores, flush: Flush, rows: Rows) -> None:
     await say(stores, SESSION_ID)
-    turn_id, begun = await begin(stores, SESSION_ID)
+    _, begun = await begin(stores, SESSION_ID)
     session_uuid = await erase(stores)
     turn = begun.turns[-1]
     assert await stores.sessions.commit(begun, turn, POLICY) is None

@@ -212,7 +212,7 @@ async def test_a_session_of_a_later_format_is_refused_and_left_as_it_is(stores: 
 async def of_a_later_format(stores: Stores) -> AsyncIterator[bytes]:
     """The id of a record of which this version knows nothing but that it is of a later format."""
     outbox = stores.keys.outbox(0)
-    entry = await stores.client.xadd(outbox, {"format": "2", "session_id": "session_of_tomorrow", "kind": "new"})
+    entry = await stores.client.xadd(outbox, {"format": "3", "session_id": "session_of_tomorrow", "kind": "new"})
     assert isinstance(entry, bytes)
     yield entry
     await stores.client.xdel(outbox, entry)

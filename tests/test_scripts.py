@@ -18,6 +18,7 @@ from gateway.servers import RedisServer, free_port
 from persistence.connection import _options, call, connect
 from persistence.errors import CommandRefused, ForeignReply, RedisUnavailable
 from persistence.keys import Keys
+from persistence.lines import HeldLines
 from persistence.records import Session
 from persistence.scripts import Scripts, script_texts
 from persistence.sessions import Committed, Hot, Opened, SessionStore
@@ -186,7 +187,7 @@ async def test_a_foreign_reply_disturbs_calls_beside_it_but_shows_them_nothing(b
 async def test_a_connection_with_an_unread_reply_is_not_used(layer: Layer) -> None:
     """RESP2 on a single Redis: the pool looks, so that the echo has nothing to catch."""
     victim, reader = (await layer.open()).session_id, (await layer.open()).session_id
-    await leave_reply(layer.client, *question(layer.keys, victim))
+    await leave_reply(layer.client, *question(layer.keys, victim), scripts=layer.scripts)
     assert tells(await read(layer, reader)) == reader
     assert layer.scripts.foreign_replies == 0
 
@@ -201,7 +202,7 @@ async def test_where_the_pool_does_not_look_the_echo_does(layer: Layer, redis_se
     """The same with RESP3, where redis-py hands such a connection out."""
     victim, reader = (await layer.open()).session_id, (await layer.open()).session_id
     other = await resp3(layer, redis_server, Scripts)
-    await leave_reply(other.client, *question(layer.keys, victim))
+    await leave_reply(other.client, *question(layer.keys, victim), scripts=other.scripts)
     outcome = (await asyncio.gather(read(other, reader), return_exceptions=True))[0]
     if isinstance(outcome, Session):  # a redis-py that looks here too
         assert tells(outcome) == reader
@@ -217,7 +218,7 @@ async def test_an_unread_reply_on_a_cluster_connection_is_caught(on_cluster: Lay
     layer = on_cluster
     reader = (await layer.open()).session_id
     victim = await _another_in_the_partition_of(layer, reader)
-    await leave_reply(layer.client, *question(layer.keys, victim))
+    await leave_reply(layer.client, *question(layer.keys, victim), scripts=layer.scripts)
     with pytest.raises(ForeignReply):
         await read(layer, reader)
     assert layer.scripts.foreign_replies == 1
@@ -467,21 +468,24 @@ async def test_more_calls_than_connections_wait_for_each_other(layer: Layer) -> 
     assert isinstance(client, Redis)
     found = await asyncio.gather(*(read(layer, ids[number % 10]) for number in range(500)))
     assert [tells(session) for session in found] == [ids[number % 10] for number in range(500)]
-    assert len(client.connection_pool._available_connections) <= 64
+    assert isinstance(layer.scripts._lines, HeldLines)
+    assert len(layer.scripts._lines._idle) <= 64
 
 
 def test_every_script_gets_the_prelude_behind_its_first_line() -> None:
     texts = script_texts()
     assert "prelude" not in texts
     for name, text in texts.items():
-        first, second = text.split("\n", 2)[:2]
+        first = text.split("\n", 1)[0]
         assert first in ("#!lua", "#!lua flags=allow-oom"), name
-        assert second.startswith("-- What every script shares"), name
+        own = (ROOT / "persistence/lua" / f"{name}.lua").read_text()
+        assert text.endswith(own.split("\n", 1)[1]), name
+        assert ("local function load(" in text) == ("load(" in own), f"{name} has what it uses, and no more"
 
 
 def test_nothing_stored_is_read_or_written_but_through_the_scripts() -> None:
     """A plain command's reply has no echo. Left are the start, where no connection is old yet, and wake-ups without data."""
-    senders = {"connection.py", "scripts.py", "events.py"}
+    senders = {"connection.py", "lines.py", "events.py"}
     plain = re.compile(r"execute_command|client\.x?[hzls]?(get|set|range|scan|len|del)")
     files = [file for folder in ("persistence", "gateway") for file in (ROOT / folder).rglob("*.py")]
     assert [file.name for file in files if plain.search(file.read_text()) and file.name not in senders] == []

@@ -19,9 +19,10 @@ from persistence.errors import CommandRefused, Damaged
 from persistence.events import EventLogs
 from persistence.keys import GROUP
 from persistence.limits import DayTold, Limits, RateTold, RunningTold, Told
+from persistence.lines import Argument
 from persistence.logs import Event, Part
 from persistence.records import HEADER, Session, iso
-from persistence.scripts import Argument, Scripts, script_texts
+from persistence.scripts import Scripts, script_texts
 from persistence.sessions import (
     Absent,
     Access,
@@ -527,7 +528,12 @@ async def test_only_the_holder_of_the_fence_commits(layer: Layer) -> None:
     turn = new_turn(begun, turn_id)
     assert await layer.commit(msgspec.structs.replace(begun, fence=begun.fence + 1), turn) is None
     assert await layer.commit(begun, new_turn(begun, "other")) is None
-    assert await layer.commit(msgspec.structs.replace(begun, session=msgspec.structs.replace(begun.session, session_id=new_id())), turn) is None
+    assert (
+        await layer.commit(
+            msgspec.structs.replace(begun, session=msgspec.structs.replace(begun.session, session_id=new_id())), turn
+        )
+        is None
+    )
     assert await layer.dump() == before
 
 

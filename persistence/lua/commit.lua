@@ -54,7 +54,7 @@ for chunk = 1, #gone, 500 do
   redis.call('HDEL', session_key, unpack(gone, chunk, math.min(chunk + 499, #gone)))
 end
 
-local entry = enqueue(outbox_key, bytes_key, args.session_id, field, args.described, args.turn)
+local entry = enqueue(outbox_key, bytes_key, record(args.session_id, field, args.described, args.turn))
 local changes = {
   field, args.turn, 'turns', args.number, 'message_count', args.message_count, 'last_activity_at', args.last_activity_at,
   'revision', string.format('%d', revision + 1), 'unflushed', with_unflushed(unflushed, field, entry),

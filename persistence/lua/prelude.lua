@@ -93,9 +93,12 @@ local function confusion(session)
   if not first_hot or first_hot < 1 or first_hot > turns + 1 then return 'first_hot' end
   local hot_ttl_s = whole(session.hot_ttl_s)
   if not hot_ttl_s or hot_ttl_s < 1 then return 'hot_ttl_s' end
-  if turns - first_hot + 1 > redis.call('HLEN', session.key) then return 'turns' end
+  local key = session.key
+  if turns - first_hot + 1 > redis.call('HLEN', key) then return 'turns' end
   if session.minted ~= '0' and session.minted ~= '1' then return 'minted' end
-  if not session.turn then return 'turn' end
+  for _, name in ipairs({'turn', 'turn_fence', 'turn_lease_until'}) do
+    if not session[name] then return name end
+  end
   if session.turn ~= '' then
     if not whole(session.turn_fence) then return 'turn_fence' end
     if not from_iso(session.turn_lease_until) then return 'turn_lease_until' end
@@ -104,7 +107,7 @@ local function confusion(session)
     return 'rate_tat_ms'
   end
   local tail = ':session:' .. (session.session_id or '')
-  if string.sub(session.key, -#tail) ~= tail then return 'session_id' end
+  if string.sub(key, -#tail) ~= tail then return 'session_id' end
   return nil
 end
 
@@ -183,15 +186,23 @@ local function backlog_full(outbox_key, bytes_key, args)
     or records > 0 and outbox_bytes(bytes_key) >= tonumber(args.max_backlog_bytes)
 end
 
--- Puts a record on an outbox and counts its bytes, which it carries as its last field: what is taken off the counter later is
--- what was added. `described` is the session as JSON, `turn` the turn's JSON or ''. Returns the entry's id.
-local function enqueue(outbox_key, bytes_key, session_id, fact, described, turn)
-  -- The names and the format are 32 bytes.
-  local bytes = string.format('%d', 32 + #session_id + #fact + #described + #turn)
+-- Puts a record, a list of names and values, on an outbox and counts its bytes, which it carries as its last field: what
+-- is taken off the counter later is what was added. Returns the entry's id.
+local function enqueue(outbox_key, bytes_key, record)
+  local bytes = 0
+  for i = 1, #record do bytes = bytes + #record[i] end
+  bytes = string.format('%d', bytes)
   local counted = redis.pcall('INCRBY', bytes_key, bytes)
+  -- The error of a counter that is no number.
   if type(counted) == 'table' then redis.call('SET', bytes_key, bytes) end
-  return redis.call('XADD', outbox_key, '*', 'format', '2', 'session_id', session_id, 'fact', fact,
-    'session', described, 'turn', turn, 'bytes', bytes)
+  record[#record + 1] = 'bytes'
+  record[#record + 1] = bytes
+  return redis.call('XADD', outbox_key, '*', unpack(record))
+end
+
+-- A record: a fact about the session, which `described` is as JSON; `turn` is the turn's JSON or ''.
+local function record(session_id, fact, described, turn)
+  return {'format', '2', 'session_id', session_id, 'fact', fact, 'session', described, 'turn', turn}
 end
 
 -- Takes bytes off an outbox's counter. When nothing is left the counter begins anew: an operator may have removed entries by
@@ -206,9 +217,9 @@ local function dequeue(outbox_key, bytes_key, group, entry)
   local found = redis.call('XRANGE', outbox_key, entry, entry)[1]
   redis.call('XACK', outbox_key, group, entry)
   if redis.call('XDEL', outbox_key, entry) == 0 then return end
-  local record, bytes = found[2], 0
-  for i = 1, #record, 2 do
-    if record[i] == 'bytes' then bytes = whole(record[i + 1]) or 0 end
+  local fields, bytes = found[2], 0
+  for i = 1, #fields, 2 do
+    if fields[i] == 'bytes' then bytes = whole(fields[i + 1]) or 0 end
   end
   uncount(outbox_key, bytes_key, bytes)
 end
@@ -238,7 +249,7 @@ end
 local function emit(key, outbox_key, bytes_key, session, word)
   session.revision = string.format('%d', session.revision + 1)
   local fact = word .. ':' .. session.revision
-  local entry = enqueue(outbox_key, bytes_key, session.session_id, fact, described(session), '')
+  local entry = enqueue(outbox_key, bytes_key, record(session.session_id, fact, described(session), ''))
   store(key, session, {revision = session.revision, unflushed = with_unflushed(session.unflushed, fact, entry)})
   redis.call('PERSIST', key)
 end

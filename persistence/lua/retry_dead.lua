@@ -22,18 +22,18 @@ end
 
 local found = redis.call('XRANGE', dead_key, args.dead_entry, args.dead_entry)
 if #found == 0 then return reply('gone') end
-local record, fact, was = {}, nil, nil
+local fields, fact, was = {}, nil, nil
 for i = 1, #found[1][2], 2 do
   local name, value = found[1][2][i], found[1][2][i + 1]
   if name == 'entry' then
     was = value
   elseif name ~= 'reason' and name ~= 'died_at' and name ~= 'bytes' then
     if name == 'fact' then fact = value end
-    record[#record + 1] = name
-    record[#record + 1] = value
+    fields[#fields + 1] = name
+    fields[#fields + 1] = value
   end
 end
-local entry = enqueue(outbox_key, bytes_key, record)
+local entry = enqueue(outbox_key, bytes_key, fields)
 redis.call('XDEL', dead_key, args.dead_entry)
 local lists = redis.call('HMGET', session_key, 'unflushed', 'dead')
 if lists[1] and fact and was then

@@ -84,7 +84,7 @@ def plant(kind: str, proxy: Proxy, stores: Stores) -> Plant:
 
     async def plant(*command: str | int) -> list[asyncio.StreamWriter]:
         if kind == "cluster":
-            return await leave_reply(stores.client, *command)
+            return await leave_reply(stores.client, *command, scripts=stores.scripts)
         proxy.replies.clear()
         await stores.client.execute_command(*command)
         proxy.plant, proxy.plants = b"".join(proxy.replies), 1

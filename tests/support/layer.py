@@ -104,7 +104,12 @@ class Layer:
         return await self.sessions.commit(begun, turn, policy, context)
 
     async def chat(
-        self, session_id: str, text: str = "Hello", message_id: str = "", policy: TurnPolicy = POLICY, context: dict[str, Any] | None = None
+        self,
+        session_id: str,
+        text: str = "Hello",
+        message_id: str = "",
+        policy: TurnPolicy = POLICY,
+        context: dict[str, Any] | None = None,
     ) -> Turn:
         """A whole turn."""
         begun, turn_id = await self.begin(session_id, policy=policy, message_id=message_id)

@@ -11,7 +11,7 @@ from gateway.app import Stores, build_worker
 from gateway.settings import Settings
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
-from persistence.records import Message, Record, Turn, decode_record, encode_object, iso
+from persistence.records import Message, Record, Turn, decode_record, iso
 from persistence.sessions import Absent, Access, Begun, Hot, NewSession, Opened, TurnPolicy
 from persistence.worker import Worker
 

@@ -1,15 +1,15 @@
 """Replies where they do not belong: on idle pooled connections, and from clients that put connections back too early."""
 
 from asyncio import StreamWriter
-from functools import partial
 from typing import Any
 
 from redis.asyncio import Connection, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 
-from persistence.connection import call, connect
+from persistence.connection import connect
 from persistence.keys import Keys
-from persistence.scripts import Argument, Scripts, script_texts
+from persistence.lines import Argument, HeldLines
+from persistence.scripts import Scripts, script_texts
 from tests.support.serving import wait_for
 
 
@@ -21,15 +21,22 @@ def question(keys: Keys, session_id: str) -> list[str | int]:
     return ["EVAL", script_texts()["read"], 3, *names, *arguments, "count", "10", "ticket_ms", "1000"]
 
 
-async def leave_reply(client: Redis | RedisCluster, *command: str | int) -> list[StreamWriter]:
+async def leave_reply(
+    client: Redis | RedisCluster, *command: str | int, scripts: Scripts | None = None
+) -> list[StreamWriter]:
     """Sends a command on an idle connection and puts it back with its reply unread, as a call that was cancelled might.
 
-    On a cluster on every node, but a command about a key on that key's node alone. The sockets that hold it.
+    On a cluster on every node, but a command about a key on that key's node alone. On the connection that `scripts` will
+    take next, if they are given. The sockets that hold it.
     """
     if not isinstance(client, RedisCluster):
         connection: Connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
         socket = await _ask(connection, command)
-        await client.connection_pool.release(connection)
+        if scripts is None:
+            await client.connection_pool.release(connection)
+        else:
+            assert isinstance(scripts._lines, HeldLines)
+            scripts._lines._idle.append(connection)
         return [socket]
     nodes = list(client.get_primaries())
     if command[2] != 0:
@@ -64,7 +71,7 @@ class TrustingScripts(Scripts):
         tail: list[Argument] = [key, "session_id", "", "nonce", "none", "command", command]
         for number, argument in enumerate(arguments, 1):
             tail += [str(number), argument]
-        reply = await call(partial(self._evaluate, "command", 1, tail), timeout_s)
+        reply = (await self._evaluate("command", 1, tail, timeout_s))[0]
         return reply[3] if isinstance(reply, list) and reply[2:3] == [b"none"] else reply
 
 
@@ -77,6 +84,11 @@ class CarelessConnection(Connection):
 
     async def read_response(self, *arguments: Any, **named: Any) -> Any:
         return await super().read_response(*arguments, **{**named, "disconnect_on_error": False})
+
+    async def disconnect(self, nowait: bool = False, *others: Any, **named: Any) -> None:
+        # What closes a connection of which not every reply was read.
+        if not nowait:
+            await super().disconnect(nowait, *others, **named)
 
 
 async def careless(url: str) -> Redis | RedisCluster:
