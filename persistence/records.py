@@ -12,7 +12,7 @@ milliseconds, as operators read them.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
@@ -22,7 +22,11 @@ from persistence.keys import FORMAT
 
 Channel = Literal["text", "voice", "phone"]
 Role = Literal["user", "assistant", "system"]
+Count = Annotated[int, msgspec.Meta(ge=0)]
 Status = Literal["active", "ended", "timeout", "erased"]
+
+RECORD_FORMAT = 2
+"""The newest format of records that this version reads; that of everything else is `keys.FORMAT`."""
 
 HEADER = (
     "format",
@@ -45,7 +49,8 @@ HEADER = (
     "turns",
     "revision",
 )
-"""The fields of a session that travel with every record, in the order in which scripts return them (lua/prelude)."""
+"""The fields of a session that describe it, in the order in which scripts return them (lua/prelude). A record of format 1
+has each as a field of its own."""
 
 
 class Message(msgspec.Struct, omit_defaults=True):
@@ -79,12 +84,13 @@ class Turn(msgspec.Struct, omit_defaults=True):
 
 
 class Session(msgspec.Struct, kw_only=True):
-    """A session without its messages. Empty text stands for a fact that is not known."""
+    """A session without its messages. Empty text stands for a fact that is not known; a channel always is, unless the
+    session was erased while it was damaged."""
 
     id: str
     session_id: str
     agent_id: str
-    channel: Channel
+    channel: Channel | Literal[""]
     status: Status
     user_id: str
     website_domain: str
@@ -93,12 +99,12 @@ class Session(msgspec.Struct, kw_only=True):
     started_at: str
     last_activity_at: str
     ended_at: str
-    message_count: int
+    message_count: Count
     context: dict[str, Any]
     metadata: dict[str, Any]
     minted: bool
-    turns: int
-    revision: int
+    turns: Count
+    revision: Count
 
 
 class Record(msgspec.Struct):
@@ -121,7 +127,10 @@ class StoredMessage(Message, kw_only=True):
 
 _encoder = msgspec.json.Encoder()
 _turn_decoder = msgspec.json.Decoder(Turn)
+_session_decoder = msgspec.json.Decoder(Session)
 _object_decoder = msgspec.json.Decoder(dict[str, Any])
+_FIELD = re.compile(r"required field `(\w+)`|`\$\.(\w+)")
+"""Where in an object msgspec found what it cannot read."""
 _FACT = re.compile(r"t:[1-9][0-9]{0,8}|(opened|ended|timeout|erased):[0-9]+")
 _CHANNELS = frozenset(("text", "voice", "phone", ""))
 _STATUSES = frozenset(("active", "ended", "timeout", "erased"))
@@ -167,10 +176,10 @@ def unreadable(error: Exception) -> str:
     return f"cannot be read: {type(error).__name__}"
 
 
-def _check_format(text: str, where: str) -> None:
+def _check_format(text: str, where: str, newest: int = FORMAT) -> None:
     if text == str(FORMAT):
         return
-    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) > FORMAT:
+    if text.isascii() and text.isdigit() and len(text) < 10 and int(text) > newest:
         raise NewerFormat(where, "format", f"{text} is not a format this version reads")
     raise Damaged(where, "format", "is not a format this version reads")
 
@@ -226,11 +235,45 @@ def decode_session(values: Sequence[bytes], where: str) -> Session:
 
 
 def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
-    """A record from an outbox entry's id and its fields as [name, value, ...]. Raises Damaged."""
-    where = f"outbox entry {entry.decode(errors='replace')}"
+    """A record from an outbox entry's id and its fields as [name, value, ...]. Raises Damaged.
+
+    Ids and times of format 2 are looked at when they go to Postgres, which refuses what is none (DataRefused).
+    """
     by_name = dict(zip(fields[::2], fields[1::2], strict=False))
+    if by_name.get(b"format") != b"2":
+        return _decode_record_1(entry, by_name)
+    name = b""
+    try:
+        name = b"fact"
+        fact = by_name[name].decode()
+        if _FACT.fullmatch(fact) is None:
+            raise Damaged(_outbox_entry(entry), "fact", "is no fact")
+        name = b"turn"
+        turn_json = by_name[name]
+        turn = _turn_decoder.decode(turn_json) if fact.startswith("t:") else None
+        name = b"session"
+        session = _session_decoder.decode(by_name[name])
+        name = b"session_id"
+        if not session.session_id or session.session_id.encode() != by_name[name]:
+            raise Damaged(_outbox_entry(entry), "session_id", "is empty, or not the session's own")
+    except KeyError as error:
+        raise Damaged(_outbox_entry(entry), name.decode(), "is missing") from error
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        found = _FIELD.search(str(error)) if name == b"session" else None
+        field = found[1] or found[2] if found else name.decode()
+        raise Damaged(_outbox_entry(entry), field, unreadable(error)) from error
+    return Record(entry.decode(), fact, session, turn)
+
+
+def _outbox_entry(entry: bytes) -> str:
+    return f"outbox entry {entry.decode(errors='replace')}"
+
+
+def _decode_record_1(entry: bytes, by_name: Mapping[bytes, bytes]) -> Record:
+    """A record as the version before wrote it: a field for each fact of the session."""
+    where = _outbox_entry(entry)
     # Before all else: nothing is known of what a later format has to have.
-    _check_format(by_name.get(b"format", b"").decode(errors="replace"), where)
+    _check_format(by_name.get(b"format", b"").decode(errors="replace"), where, newest=RECORD_FORMAT)
     for name in ("fact", "turn", *HEADER):
         if name.encode() not in by_name:
             raise Damaged(where, name, "is missing")

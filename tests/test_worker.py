@@ -148,6 +148,29 @@ async def test_flushing_the_same_records_twice_changes_nothing(stores: Stores, r
     assert await mark(stores, records) == 0
 
 
+async def updates_of(transaction: Transaction) -> tuple[int, int]:
+    """How many rows of sessions the transaction has changed, and how many of these changed no index."""
+    counts = "pg_stat_get_xact_tuples_updated(oid) AS updated, pg_stat_get_xact_tuples_hot_updated(oid) AS hot"
+    found = await transaction._connection.fetch(f"SELECT {counts} FROM pg_class WHERE relname = 'agent_sessions'")
+    return found[0]["updated"], found[0]["hot"]
+
+
+@pytest.mark.parametrize(("index", "hot"), [("SELECT 1", 1), ("CREATE INDEX ON agent_sessions (last_activity_at)", 0)])
+async def test_a_turn_changes_its_sessions_row_once_and_no_index(stores: Stores, index: str, hot: int) -> None:
+    """Control: with an index on the activity itself it would change them all."""
+    await say(stores, SESSION_ID)
+    opened, turn = await take(stores)
+    opened.session.last_activity_at, turn.session.last_activity_at = "2026-01-01T00:01:00.000Z", "2026-01-01T00:02:00.000Z"
+    await store_records(stores, [opened])
+    with pytest.raises(DataRefused):
+        async with stores.postgres.transaction(30) as transaction:
+            await transaction.run(index)
+            await transaction.flush([turn])
+            assert await updates_of(transaction) == (1, hot)
+            raise ValueError
+    await flush_records(stores, [opened, turn])
+
+
 async def test_without_the_guards_flushing_twice_doubles_the_messages(
     stores: Stores, postgres_server: PostgresServer, rows: Rows
 ) -> None:
@@ -155,8 +178,8 @@ async def test_without_the_guards_flushing_twice_doubles_the_messages(
     url = await asyncio.to_thread(postgres_server.create_database, "unguarded")
     postgres = Postgres(url, timeout_s=30)
     await migrate(postgres, load_migrations())
-    statement = postgres._statements["insert_messages"]
-    postgres._statements["insert_messages"] = statement.replace("ON CONFLICT (id) DO NOTHING", "")
+    statement = postgres._statements["flush"]
+    postgres._statements["flush"] = statement.replace("ON CONFLICT (id) DO NOTHING", "")
     await say(stores, SESSION_ID)
     records = await take(stores)
     async with postgres.transaction() as transaction:

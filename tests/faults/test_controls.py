@@ -98,7 +98,7 @@ CONTROLS = {
                 "CREATE TABLE agent_messages (\n    id uuid,",
             ),
             Edit("persistence/migrations/0001_tables.sql", "CREATE UNIQUE INDEX idx_messages", "CREATE INDEX idx_messages"),
-            Edit("persistence/sql/insert_messages.sql", "    ON CONFLICT (id) DO NOTHING\n", ""),
+            Edit("persistence/sql/flush.sql", "    ON CONFLICT (id) DO NOTHING\n", ""),
             SLOW,
         ],
         ("worker-killed",),
