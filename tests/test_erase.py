@@ -267,6 +267,12 @@ async def test_a_new_session_under_the_same_id_is_a_fresh_one(
     await check_tables(rows)
 
 
+@pytest.fixture
+def restless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that hardly pause, so that they meet often."""
+    monkeypatch.setattr("persistence.worker.FLUSH_EVERY_S", 0.03)
+
+
 Tamper = Callable[[dict[str, str]], None]
 
 
@@ -391,7 +397,7 @@ class Race:
 
 @pytest.mark.parametrize("claim_idle_ms", [1, CLAIM_IDLE_MS])
 async def test_in_200_rounds_racing_workers_that_die_at_random_never_bring_it_back(
-    settings: Settings, stores: Stores, rows: Rows, monkeypatch: pytest.MonkeyPatch, claim_idle_ms: int
+    settings: Settings, stores: Stores, rows: Rows, monkeypatch: pytest.MonkeyPatch, restless: None, claim_idle_ms: int
 ) -> None:
     """Also when they take from each other whatever they can get."""
     monkeypatch.setattr("persistence.outbox.CLAIM_IDLE_MS", claim_idle_ms)
@@ -413,7 +419,9 @@ def without_the_note(statements: dict[str, str]) -> None:
     statements["flush"] = "\n".join(kept)
 
 
-async def test_without_the_note_the_same_race_brings_it_back(settings: Settings, stores: Stores, rows: Rows) -> None:
+async def test_without_the_note_the_same_race_brings_it_back(
+    settings: Settings, stores: Stores, rows: Rows, restless: None
+) -> None:
     """Control: usually within the first 100 rounds."""
     for _ in range(6):
         await Race(settings, stores, without_the_note).run(50)
