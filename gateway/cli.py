@@ -214,6 +214,7 @@ async def _worker(options: argparse.Namespace) -> None:
         worker = await build_worker(settings, stores)
         await warn_if_not_migrated(stores.postgres)
         on_signals(worker.stop)
+        tune_collector()
         await worker.run()
         await worker.drain(settings.drain_s)
     finally:

@@ -52,8 +52,9 @@ class Outbox:
         self._consumer = consumer
         self.partitions = range(keys.partitions)
 
-    async def take(self, partition: int, count: int, *, claim: bool = False) -> Taken:
-        """Up to `count` records: this consumer's own pending ones; if none, new ones, with dead workers' if `claim`."""
+    async def take(self, partition: int, count: int, *, claim: bool = False, after: bytes = b"0") -> Taken:
+        """Up to `count` records: this consumer's own pending ones behind the entry `after`; if none, new ones, with dead
+        workers' if `claim`."""
         reply = await self._scripts.run(
             "take",
             "",
@@ -63,6 +64,7 @@ class Outbox:
                 "consumer": self._consumer,
                 "count": count,
                 "claim_idle_ms": CLAIM_IDLE_MS if claim else 0,
+                "after": after,
             },
         )
         return Taken([(entry, fields) for entry, fields in reply[1]], reply[2])

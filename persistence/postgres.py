@@ -5,7 +5,7 @@ statement runs inside one.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from datetime import datetime
 from typing import Any
@@ -32,6 +32,7 @@ from persistence.sessions import Snapshot
 from persistence.statements import load_statements
 
 Connection = asyncpg.pool.PoolConnectionProxy
+Columns = tuple[list[Any], ...]
 
 REFUSED = (
     asyncpg.DataError,
@@ -144,6 +145,7 @@ class Postgres:
                     statement_cache_size=0,
                     timeout=self._timeout_s,
                     server_settings={"application_name": "gateway"},
+                    reset=_nothing_to_reset,
                 )
                 self._pool = await pool
             return self._pool
@@ -253,66 +255,69 @@ class Transaction:
             known = newest.get(record.session.id)
             if known is None or known.revision < record.session.revision:
                 newest[record.session.id] = record.session
-        await self.fetch("upsert_sessions", *_columns([_session_row(session) for session in newest.values()], 18))
-        rows = [row for record in kept if record.turn for row in _message_rows(record.session, record.fact, record.turn)]
-        if rows:
-            await self.fetch("insert_messages", *_columns(rows, 16))
-        await self.fetch("write_histories", [UUID(session_uuid) for session_uuid in newest])
+        changed = await self.fetch("flush", *_session_columns(newest.values()), *_message_columns(kept))
+        if changed:
+            await self.fetch("write_histories", [row["id"] for row in changed])
 
 
-def _columns(rows: list[tuple[Any, ...]], width: int) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in range(width)]
+async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
+    """In place of the statements that asyncpg runs each time a connection goes back to the pool: nothing outlives its
+    transaction."""
 
 
-def _session_row(session: Session) -> tuple[Any, ...]:
+def _column(values: list[Any]) -> list[Any]:
+    """A column for `unnest`, which fills up shorter ones with nulls: one of nulls alone need not be sent."""
+    return values if any(value is not None for value in values) else []
+
+
+def _session_columns(sessions: Iterable[Session]) -> Columns:
     # Only the canonical form comes back as it was: 32 hex digits are somebody else's kind of id.
-    user_uuid = session.user_id if as_uuid(session.user_id) == session.user_id else None
+    users = [(s.user_id, None) if as_uuid(s.user_id) == s.user_id else (None, s.user_id or None) for s in sessions]
     return (
-        session.id,
-        session.session_id,
-        session.agent_id,
-        user_uuid,
-        None if user_uuid else session.user_id or None,
-        session.website_domain or None,
-        session.ip_address or None,
-        session.user_agent or None,
-        session.channel,
-        session.status,
-        moment(session.started_at),
-        moment(session.last_activity_at),
-        moment(session.ended_at) if session.ended_at else None,
-        encode_object(session.context),
-        encode_object(session.metadata),
-        session.minted,
-        session.turns,
-        session.revision,
+        [s.id for s in sessions],
+        [s.session_id for s in sessions],
+        [s.agent_id for s in sessions],
+        _column([user_uuid for user_uuid, _ in users]),
+        _column([external for _, external in users]),
+        [s.website_domain or None for s in sessions],
+        [s.ip_address or None for s in sessions],
+        [s.user_agent or None for s in sessions],
+        [s.channel for s in sessions],
+        [s.status for s in sessions],
+        [moment(s.started_at) for s in sessions],
+        [moment(s.last_activity_at) for s in sessions],
+        _column([moment(s.ended_at) if s.ended_at else None for s in sessions]),
+        [encode_object(s.context) for s in sessions],
+        [encode_object(s.metadata) for s in sessions],
+        [s.minted for s in sessions],
+        [s.turns for s in sessions],
+        [s.revision for s in sessions],
     )
 
 
-def _message_rows(session: Session, fact: str, turn: Turn) -> list[tuple[Any, ...]]:
-    number = int(fact.removeprefix("t:"))
-    last = len(turn.messages) - 1
-    return [
-        (
-            message.id,
-            session.id,
-            message.role,
-            message.content,
-            message.audio_url,
-            message.audio_duration_ms,
-            message.tokens_used,
-            message.latency_ms,
-            message.model_used,
-            None if message.metadata is None else encode_object(message.metadata),
-            turn.id,
-            number,
-            turn.seq + index,
-            turn.message_id if message.role == "user" else None,
-            encode_object(turn.metadata) if index == last else None,
-            moment(message.created_at),
-        )
-        for index, message in enumerate(turn.messages)
-    ]
+def _message_columns(records: Sequence[Record]) -> Columns:
+    turns = [(r.session.id, int(r.fact.removeprefix("t:")), r.turn) for r in records if r.turn]
+    # Each message with its turn, the turn's number, the session, and its place in the turn.
+    all_of = [(m, t, number, of, i) for of, number, t in turns for i, m in enumerate(t.messages)]
+    messages = [m for m, *_ in all_of]
+    return (
+        [m.id for m in messages],
+        [of for _, _, _, of, _ in all_of],
+        [m.role for m in messages],
+        [m.content for m in messages],
+        _column([m.audio_url for m in messages]),
+        _column([m.audio_duration_ms for m in messages]),
+        _column([m.tokens_used for m in messages]),
+        _column([m.latency_ms for m in messages]),
+        _column([m.model_used for m in messages]),
+        _column([None if m.metadata is None else encode_object(m.metadata) for m in messages]),
+        [t.id for _, t, _, _, _ in all_of],
+        [number for _, _, number, _, _ in all_of],
+        [t.seq + i for _, t, _, _, i in all_of],
+        _column([t.message_id if m.role == "user" else None for m, t, _, _, _ in all_of]),
+        [encode_object(t.metadata) if i == len(t.messages) - 1 else None for _, t, _, _, i in all_of],
+        [moment(m.created_at) for m in messages],
+    )
 
 
 def _text(at: datetime | None) -> str:

@@ -12,7 +12,7 @@ milliseconds, as operators read them.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 from uuid import UUID
 
 import msgspec
@@ -22,6 +22,7 @@ from persistence.keys import FORMAT
 
 Channel = Literal["text", "voice", "phone"]
 Role = Literal["user", "assistant", "system"]
+Count = Annotated[int, msgspec.Meta(ge=0)]
 Status = Literal["active", "ended", "timeout", "erased"]
 
 RECORD_FORMAT = 2
@@ -98,12 +99,12 @@ class Session(msgspec.Struct, kw_only=True):
     started_at: str
     last_activity_at: str
     ended_at: str
-    message_count: int
+    message_count: Count
     context: dict[str, Any]
     metadata: dict[str, Any]
     minted: bool
-    turns: int
-    revision: int
+    turns: Count
+    revision: Count
 
 
 class Record(msgspec.Struct):

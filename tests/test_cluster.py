@@ -214,7 +214,7 @@ async def test_a_poison_record_is_set_aside_and_delays_nobody(
     assert await worker.drain(20)
 
 
-@pytest.mark.parametrize("field", ["session_id", "fact", "id", "turn"])
+@pytest.mark.parametrize("field", ["session_id", "fact", "session", "turn"])
 @pytest.mark.parametrize("value", [None, b"\xff\xfe"])
 async def test_a_record_that_cannot_be_read_is_set_aside_too(
     layer: Layer, stores: Stores, worker: Worker, rows: Fetch, field: str, value: bytes | None

@@ -1,7 +1,7 @@
 """What the version before has stored is read by this one, and what the next one may add does not disturb it.
 
-`data/formats/<number>` is what a real pod and worker left in Redis, one file per kind of key. These samples are never made
-anew: a later version reads these very files.
+`data/formats/<number>` is what a real pod and worker left in Redis, one file per kind of key; those of format 2 are what it
+has otherwise than format 1. These samples are never made anew: a later version reads these very files.
 """
 
 import json
@@ -28,7 +28,7 @@ from tests.support.stored import another, contents, entries_of, ttl_of
 from tests.support.stored import say as say_in_redis
 from tests.support.visiting import Flush, Rows, post_message, problem
 
-SAMPLES = Path(__file__).parent / "data" / "formats" / "1"
+SAMPLES = Path(__file__).parent / "data" / "formats"
 HEADERS = {"Origin": "https://shop.example"}
 FLUSHED = "session_of_format_1_flushed"
 WAITING = "session_of_format_1_waiting"
@@ -57,6 +57,8 @@ def as_the_next_version_may_write(sample: Sample) -> None:
 def _add_to_fields(fields: dict[str, str]) -> None:
     fields["colour"] = "blue"
     for name, text in fields.items():
+        if name == "session" and text.startswith("{"):
+            fields[name] = _with_colour(text)
         if (name == "turn" or name.startswith("t:")) and text.startswith("{"):
             turn = json.loads(text)
             for message in turn["messages"]:
@@ -77,10 +79,12 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def load_sample() -> Sample:
+def load_sample(records: int = 1) -> Sample:
+    """What is stored, the records in that format."""
     sample: Sample = {}
-    for file in sorted(SAMPLES.glob("*.json")):
-        sample |= json.loads(file.read_text())
+    for number in range(1, records + 1):
+        for file in sorted((SAMPLES / str(number)).glob("*.json")):
+            sample |= json.loads(file.read_text())
     return sample
 
 
@@ -104,11 +108,18 @@ async def store(stores: Stores, sample: Sample) -> None:
             await stores.client.expire(key, 300)
 
 
+@pytest.fixture(params=[1, 2], ids=["records-1", "records-2"])
+def records(request: pytest.FixtureRequest) -> int:
+    """The format of the records."""
+    number: int = request.param
+    return number
+
+
 @pytest.fixture(params=[as_it_was_written, as_the_next_version_may_write], ids=lambda change: change.__name__)
-async def sample(request: pytest.FixtureRequest, stores: Stores) -> Sample:
+async def sample(request: pytest.FixtureRequest, stores: Stores, records: int) -> Sample:
     """The samples, in Redis."""
     change: Callable[[Sample], None] = request.param
-    sample = load_sample()
+    sample = load_sample(records)
     change(sample)
     await store(stores, sample)
     return sample
@@ -173,7 +184,7 @@ async def test_a_stored_dead_letter_can_be_retried(
         fields for _, fields in await entries_of(stores, stores.keys.outbox(0)) if fields[b"session_id"] == REFUSED.encode()
     ]
     (as_stored,) = sample["gw:{0}:dead"]["value"].values()
-    expected = {name: value for name, value in as_stored.items() if name not in ("reason", "entry", "died_at")}
+    expected = {name: value for name, value in as_stored.items() if name not in ("reason", "entry", "died_at", "bytes")}
     # Its size is counted anew, with what the outbox carries of it.
     assert int(put_back.pop(b"bytes")) > 0
     assert {name.decode(): value.decode() for name, value in put_back.items()} == expected, "also what is not known"
@@ -279,8 +290,8 @@ async def test_a_version_that_insists_on_a_field_it_has_added_reads_no_stored_se
     await stores.client.delete(stores.keys.session(WAITING))
 
 
-def test_stored_records_decode() -> None:
-    for entry, fields in load_sample()["gw:{0}:outbox"]["value"].items():
+def test_stored_records_decode(records: int) -> None:
+    for entry, fields in load_sample(records)["gw:{0}:outbox"]["value"].items():
         record = decode_record(entry.encode(), [part.encode() for pair in fields.items() for part in pair])
         assert record.session.session_id == WAITING
 

@@ -136,6 +136,19 @@ async def test_a_session_outside_the_rules_is_refused(rows: Rows, column: str, v
         await rows(f"INSERT INTO agent_sessions ({', '.join(columns)}) VALUES ({', '.join(columns.values())})")
 
 
+async def test_what_was_stored_before_can_be_found_by_its_activity(postgres: Postgres, fetch: Rows) -> None:
+    await migrate(postgres, load_migrations()[:2])
+    moments = ["2026-01-01 12:04:59.999+00", "2026-01-01 12:05:00+00", "1999-12-31 23:59:00+00"]
+    columns = "id, session_id, agent_id, last_activity_at"
+    stored = f"INSERT INTO agent_sessions ({columns}) SELECT gen_random_uuid(), at, gen_random_uuid(), at::timestamptz"
+    await fetch(f"{stored} FROM unnest($1::text[]) AS moments (at)", moments)
+    await migrate(postgres, load_migrations())
+    found = await fetch("SELECT session_id, active_in AT TIME ZONE 'UTC' AS bin FROM agent_sessions")
+    assert {row["session_id"]: str(row["bin"]) for row in found} == dict(
+        zip(moments, ["2026-01-01 12:00:00", "2026-01-01 12:05:00", "1999-12-31 23:55:00"], strict=True)
+    )
+
+
 @pytest.mark.parametrize(("column", "value"), [("role", "'tool'"), ("seq", "0"), ("turn", "0"), ("content", "NULL")])
 async def test_a_message_outside_the_rules_is_refused(rows: Rows, column: str, value: str) -> None:
     await rows(SESSION_ROW)

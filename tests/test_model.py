@@ -565,7 +565,7 @@ class Unfenced(Forgetful):
 
     def __init__(self, client: Client) -> None:
         FakeScripts.__init__(self, client)
-        guard = "if session.turn ~= args.turn_id or session.turn_fence ~= args.fence then"
+        guard = "if turn_id ~= args.turn_id or fence ~= args.fence then"
         broken = self._texts["commit"].replace(guard, "if false then")
         assert broken != self._texts["commit"]
         self._change("commit", broken)
@@ -587,7 +587,7 @@ class Doubling(Forgetful):
 
     def __init__(self, client: Client) -> None:
         FakeScripts.__init__(self, client)
-        guard = "if session.turn ~= args.turn_id or session.turn_fence ~= args.fence then"
+        guard = "if turn_id ~= args.turn_id or fence ~= args.fence then"
         stored = "redis.call('HGET', session_key, 't:' .. args.number) or '{}'"
         again = f"if cjson.decode({stored}).id ~= args.turn_id and session.turn ~= args.turn_id then"
         broken = self._texts["commit"].replace(guard, again)

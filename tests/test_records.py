@@ -10,8 +10,9 @@ from typing import Any
 import msgspec
 import pytest
 
+from gateway.app import Stores
 from gateway.servers import RedisServer, free_port
-from persistence.errors import Damaged, PersistenceError, RedisUnavailable
+from persistence.errors import Damaged, DataRefused, PersistenceError, RedisUnavailable
 from persistence.records import (
     HEADER,
     Message,
@@ -29,6 +30,7 @@ from persistence.records import (
 )
 from persistence.sessions import Begun, Hot, Refused
 from tests.support.layer import ACCESS, AGENT_ID, DOMAIN, OPERATOR, POLICY, Layer, new_id, new_turn, redis_layer
+from tests.support.stored import store_records
 
 BYTES = b"\xff\xfe\x00"
 STATE = (
@@ -383,6 +385,21 @@ HASH_1: dict[str, str] = {
 """A session hash as format 1 was first written."""
 
 
+RECORD_2: dict[str, str] = {
+    "format": "2",
+    "session_id": "session_1234567890_abc123xyz",
+    "fact": "t:2",
+    "session": '{"id":"01900000-0000-7000-8000-000000000001","session_id":"session_1234567890_abc123xyz",'
+    f'"agent_id":"{AGENT_ID}","channel":"text","status":"active","user_id":"","website_domain":"{DOMAIN}",'
+    '"ip_address":"192.0.2.1","user_agent":"Mozilla/5.0","started_at":"2026-01-01T00:00:00.000Z",'
+    '"last_activity_at":"2026-01-01T00:00:02.000Z","ended_at":"","message_count":4,"context":{"step":2},'
+    '"metadata":{"page":"/"},"minted":false,"turns":2,"revision":3}',
+    "turn": RECORD_1["turn"],
+    "bytes": "984",
+}
+"""An outbox entry as format 2 was first written."""
+
+
 def entry(fields: dict[str, Any]) -> list[bytes]:
     return [part if isinstance(part, bytes) else part.encode() for pair in fields.items() for part in pair]
 
@@ -419,6 +436,12 @@ def check_session(session: Session) -> None:
 def test_a_stored_record_of_format_1_is_read() -> None:
     record = decode_record(b"1767225602000-0", entry(RECORD_1))
     assert (record.entry, record.fact, record.turn) == ("1767225602000-0", "t:2", expected_turn())
+    check_session(record.session)
+
+
+def test_a_stored_record_of_format_2_is_read() -> None:
+    record = decode_record(b"1767225602000-0", entry(RECORD_2))
+    assert record == decode_record(b"1767225602000-0", entry(RECORD_1))
     check_session(record.session)
 
 
@@ -494,6 +517,95 @@ def test_garbage_in_a_record_is_damage(field: str, value: str | bytes) -> None:
     with pytest.raises(Damaged) as caught:
         decode_record(b"1-0", entry({**RECORD_1, field: value}))
     assert caught.value.field == field
+
+
+SESSION_2: dict[str, Any] = json.loads(RECORD_2["session"])
+
+
+@pytest.mark.parametrize("field", [name for name in RECORD_2 if name != "bytes"])
+def test_a_record_of_format_2_without_a_field_is_damage(field: str) -> None:
+    with pytest.raises(Damaged) as caught:
+        decode_record(b"1-0", entry({name: value for name, value in RECORD_2.items() if name != field}))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize("field", SESSION_2)
+def test_a_record_whose_session_lacks_a_field_is_damage(field: str) -> None:
+    session = json.dumps({name: value for name, value in SESSION_2.items() if name != field})
+    with pytest.raises(Damaged) as caught:
+        decode_record(b"1-0", entry({**RECORD_2, "session": session}))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, BYTES) for name in RECORD_2 if name != "bytes"),
+        ("fact", ""),
+        ("fact", "t:0"),
+        ("fact", "a,b"),
+        ("turn", ""),
+        ("turn", "{}"),
+        ("format", "3"),
+        ("format", "02"),
+        ("session", ""),
+        ("session", "[]"),
+        ("session", "null"),
+        ("session", "{"),
+        ("session_id", ""),
+        ("session_id", "session_of_somebody_else"),
+    ],
+)
+def test_garbage_in_a_record_of_format_2_is_damage(field: str, value: str | bytes) -> None:
+    with pytest.raises(Damaged) as caught:
+        decode_record(b"1-0", entry({**RECORD_2, field: value}))
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, None) for name in SESSION_2),
+        *((name, 1) for name in SESSION_2 if name not in ("message_count", "turns", "revision")),
+        ("id", "x"),
+        ("agent_id", "x"),
+        ("channel", "smoke"),
+        ("channel", ""),
+        ("status", "asleep"),
+        ("started_at", "x"),
+        ("started_at", "2026-01-01T00:00:00"),
+        ("last_activity_at", ""),
+        ("ended_at", "x"),
+        ("message_count", "4"),
+        ("turns", 1.5),
+        ("turns", 2**31),
+        ("turns", -1),
+        ("revision", -1),
+        ("revision", 2**63),
+        ("context", []),
+        ("metadata", "x"),
+        ("minted", "1"),
+    ],
+)
+async def test_what_is_wrong_with_a_session_in_a_record_of_format_2_is_seen_before_it_is_stored(
+    stores: Stores, field: str, value: Any
+) -> None:
+    """When it is read, or by Postgres: it is never stored as something else."""
+    session = json.dumps({**SESSION_2, field: value})
+    try:
+        record = decode_record(b"1-0", entry({**RECORD_2, "session": session}))
+    except Damaged as error:
+        assert error.field == field
+    else:
+        with pytest.raises(DataRefused):
+            await store_records(stores, [record])
+
+
+async def test_a_session_that_lost_its_channel_and_agent_is_erased_by_a_record_of_format_2(stores: Stores) -> None:
+    session = json.dumps({**SESSION_2, "status": "erased", "channel": "", "agent_id": ""})
+    await store_records(
+        stores, [decode_record(b"1-0", entry({**RECORD_2, "fact": "erased:3", "turn": "", "session": session}))]
+    )
 
 
 @pytest.mark.parametrize("fact", ["", "a b", "a,b"])

@@ -2,7 +2,9 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 import pytest
@@ -13,6 +15,7 @@ from gateway.settings import Settings
 from persistence.agents import Agent, AgentDefinition
 from persistence.logs import Event, Part
 from persistence.sessions import Access
+from persistence.statements import load_statements
 from tests.support.pods import rewrite
 from tests.support.rule import all_keys
 from tests.support.serving import wait_for
@@ -316,10 +319,13 @@ async def test_the_index_serves_the_search(rows: Rows) -> None:
     """On a table too small for an index Postgres reads all of it, unless told not to."""
     await rows("SET enable_seqscan = off")
     await rows("SET enable_bitmapscan = off")
-    plan: list[Any] = await rows(
-        f"EXPLAIN SELECT session_id, last_activity_at FROM agent_sessions WHERE agent_id = '{AGENT_ID}' AND "
-        'last_activity_at < now() ORDER BY last_activity_at, session_id COLLATE "C" LIMIT 100'
-    )
+    await rows("BEGIN")
+    await rows("DROP INDEX idx_sessions_activity, idx_sessions_agent_id")
+    statement = load_statements()["old_sessions"].replace("SELECT", "EXPLAIN SELECT", 1)
+    after = datetime(2026, 1, 1, tzinfo=UTC)
+    plan: list[Any] = await rows(statement, UUID(AGENT_ID), timedelta(days=30), after, "", 100)
+    await rows("ROLLBACK")
     text = "\n".join(row[0] for row in plan)
     assert "idx_sessions_retention" in text
-    assert "Sort" not in text
+    assert "active_in > " in text
+    assert "Presorted Key: active_in" in text

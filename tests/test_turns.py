@@ -552,7 +552,7 @@ async def test_control_without_the_fence_the_late_turn_commits(
 ) -> None:
     await put_agent(graph="gated")
     late, other = await start_pod(lease_s=1), await start_pod(lease_s=1)
-    guard = "if session.turn ~= args.turn_id or session.turn_fence ~= args.fence then"
+    guard = "if turn_id ~= args.turn_id or fence ~= args.fence then"
     rewrite(late.stores.scripts, "commit", lambda text: text.replace(guard, "if false then"))
     first, second = await taken_over(late, other, monkeypatch)
     assert outcome(second) == (200, "Answer to Other")

@@ -93,6 +93,82 @@ async def test_many_records_are_several_transactions_and_each_session_is_in_one(
     await check_tables(rows)
 
 
+@pytest.mark.parametrize("in_hand", [2, 1])
+async def test_the_next_batch_is_taken_while_one_is_on_its_way(
+    stores: Stores, worker: Worker, rows: Rows, monkeypatch: pytest.MonkeyPatch, in_hand: int
+) -> None:
+    """Control: with one batch at a time the first waits in vain for the second."""
+    monkeypatch.setattr("persistence.worker.BATCH", 1)
+    monkeypatch.setattr("persistence.worker.IN_HAND", in_hand)
+    await say(stores, SESSION_ID)
+    flush, begun, both = Transaction.flush, 0, asyncio.Event()
+
+    async def waiting(transaction: Transaction, records: Sequence[Record]) -> None:
+        nonlocal begun
+        begun += 1
+        if begun == 2:
+            both.set()
+        elif begun == 1:
+            await asyncio.wait_for(both.wait(), 10 if in_hand == 2 else 0.2)
+        await flush(transaction, records)
+
+    monkeypatch.setattr(Transaction, "flush", waiting)
+    assert await worker.drain(0.1 if in_hand == 1 else 20) == (in_hand == 2)
+    monkeypatch.setattr(Transaction, "flush", flush)
+    assert await worker.drain(10)
+    await check_tables(rows)
+    assert await contents(rows, SESSION_ID) == ["Hello", "You said: Hello"]
+
+
+async def test_full_batches_do_not_wait_for_each_other_nor_a_worker_that_is_stopped(
+    stores: Stores, worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("persistence.worker.BATCH", 2)
+    monkeypatch.setattr("persistence.worker.FLUSH_EVERY_S", 3600.0)
+    for _ in range(4):
+        await say(stores, SESSION_ID)
+    async with asyncio.timeout(20):
+        running = asyncio.create_task(worker.run())
+        await wait_for(lambda: is_flushed(stores), "all five records are flushed")
+        await say(stores, SESSION_ID)
+        worker.stop()
+        await running
+        assert await worker.drain(10)
+    assert await outbox_length(stores) == 0
+
+
+async def is_flushed(stores: Stores) -> bool:
+    return await outbox_length(stores) == 0
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+async def test_workers_that_flush_the_same_records_at_once_wait_for_each_other_in_one_order(
+    stores: Stores, second: Stores, rows: Rows, guarded: bool
+) -> None:
+    """Control: without the order they soon wait for each other in a circle."""
+    if not guarded:
+        for own in (stores, second):
+            statement = own.postgres._statements["flush"]
+            unordered = statement.replace("ORDER BY session_id, seq", "").replace("ORDER BY record.id", "")
+            own.postgres._statements["flush"] = unordered
+    for number in range(40):
+        await say(stores, f"{SESSION_ID}_{number}")
+    records = await take(stores)
+    met = False
+    for _ in range(5 if guarded else 100):
+        outcomes = await asyncio.gather(
+            store_records(stores, records), store_records(second, records[::-1]), return_exceptions=True
+        )
+        met = any(outcomes)
+        if met:
+            assert "deadlock" in str([outcome for outcome in outcomes if outcome]).lower()
+            break
+        await rows("TRUNCATE agent_sessions CASCADE")
+    assert met != guarded
+    await flush_records(stores, records)
+    await check_tables(rows)
+
+
 async def test_an_error_is_raised_when_no_transaction_runs_any_more(
     stores: Stores, worker: Worker, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +224,29 @@ async def test_flushing_the_same_records_twice_changes_nothing(stores: Stores, r
     assert await mark(stores, records) == 0
 
 
+async def updates_of(transaction: Transaction) -> tuple[int, int]:
+    """How many rows of sessions the transaction has changed, and how many of these changed no index."""
+    counts = "pg_stat_get_xact_tuples_updated(oid) AS updated, pg_stat_get_xact_tuples_hot_updated(oid) AS hot"
+    found = await transaction._connection.fetch(f"SELECT {counts} FROM pg_class WHERE relname = 'agent_sessions'")
+    return found[0]["updated"], found[0]["hot"]
+
+
+@pytest.mark.parametrize(("index", "hot"), [("SELECT 1", 1), ("CREATE INDEX ON agent_sessions (last_activity_at)", 0)])
+async def test_a_turn_changes_its_sessions_row_once_and_no_index(stores: Stores, index: str, hot: int) -> None:
+    """Control: with an index on the activity itself it would change them all."""
+    await say(stores, SESSION_ID)
+    opened, turn = await take(stores)
+    opened.session.last_activity_at, turn.session.last_activity_at = "2026-01-01T00:01:00.000Z", "2026-01-01T00:02:00.000Z"
+    await store_records(stores, [opened])
+    with pytest.raises(DataRefused):
+        async with stores.postgres.transaction(30) as transaction:
+            await transaction.run(index)
+            await transaction.flush([turn])
+            assert await updates_of(transaction) == (1, hot)
+            raise ValueError
+    await flush_records(stores, [opened, turn])
+
+
 async def test_without_the_guards_flushing_twice_doubles_the_messages(
     stores: Stores, postgres_server: PostgresServer, rows: Rows
 ) -> None:
@@ -155,8 +254,8 @@ async def test_without_the_guards_flushing_twice_doubles_the_messages(
     url = await asyncio.to_thread(postgres_server.create_database, "unguarded")
     postgres = Postgres(url, timeout_s=30)
     await migrate(postgres, load_migrations())
-    statement = postgres._statements["insert_messages"]
-    postgres._statements["insert_messages"] = statement.replace("ON CONFLICT (id) DO NOTHING", "")
+    statement = postgres._statements["flush"]
+    postgres._statements["flush"] = statement.replace("ON CONFLICT (id) DO NOTHING", "")
     await say(stores, SESSION_ID)
     records = await take(stores)
     async with postgres.transaction() as transaction:

@@ -1,9 +1,11 @@
 #!lua flags=allow-oom
 -- Takes records from an outbox for a worker: first what this consumer took and did not acknowledge, whatever the reason (an
--- error, a restart, a reply that was lost); when there is nothing of that, what dead workers left, and new ones.
+-- error, a restart, a reply that was lost); when there is nothing of that, what dead workers left, and new ones. What it took
+-- up to an entry, and has in hand, is passed over.
 --
 -- KEYS 1 outbox stream
--- ARGV session_id ('' : the reply is about no session), nonce, group, consumer, count, claim_idle_ms (0: claim nothing)
+-- ARGV session_id ('' : the reply is about no session), nonce, group, consumer, count, claim_idle_ms (0: claim nothing), after
+--      (an entry's id; 0: nothing is in hand)
 -- replies taken, session_id, nonce, entries as {id, {field, value, ...}}, ids that XAUTOCLAIM found deleted
 local outbox_key = KEYS[1]
 local args = named(ARGV)
@@ -26,7 +28,7 @@ local function read(from)
   end
 end
 
-local failed = read('0')
+local failed = read(args.after)
 if not failed and #entries == 0 then
   if args.claim_idle_ms ~= '0' then
     local claimed = redis.call('XAUTOCLAIM', outbox_key, args.group, args.consumer, args.claim_idle_ms, '0-0',

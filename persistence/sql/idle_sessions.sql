@@ -3,7 +3,10 @@
 -- $4 int (limit)
 SELECT session_id, last_activity_at
 FROM agent_sessions
-WHERE status = 'active' AND last_activity_at < now() - $1::interval
-    AND ($2::timestamptz IS NULL OR (last_activity_at, session_id COLLATE "C") > ($2, $3))
-ORDER BY last_activity_at, session_id COLLATE "C"
+WHERE status = 'active' AND active_in < now() - $1::interval AND last_activity_at < now() - $1::interval
+    AND (
+        $2::timestamptz IS NULL
+        OR active_in > $2 - interval '5 minutes' AND (last_activity_at, session_id COLLATE "C") > ($2, $3)
+    )
+ORDER BY active_in, last_activity_at, session_id COLLATE "C"
 LIMIT $4

@@ -41,8 +41,8 @@ SLOW = Edit(
 """More time between what Postgres has committed and what Redis knows of it."""
 UNSENT = Edit(
     "gateway/turns.py",
-    '        encoded = "" if context is None else encode_object(context)\n',
-    '        encoded = "" if context is None else encode_object(context)\n        await asyncio.sleep(0.3)\n',
+    "                committed = await self._store.commit(",
+    "                await asyncio.sleep(0.3)\n                committed = await self._store.commit(",
 )
 """More time before a commit is sent, so that a pod is killed with it."""
 
@@ -65,9 +65,9 @@ CONTROLS = {
         [
             Edit(
                 "gateway/turns.py",
-                "        await self._commit(turn, stored, output.context, part)\n",
+                "        await self._commit(turn, begun, stored, output.context, part)\n",
                 "        turn.settled = True\n"
-                "        later = asyncio.create_task(self._commit(turn, stored, output.context, part))\n"
+                "        later = asyncio.create_task(self._commit(turn, begun, stored, output.context, part))\n"
                 "        await asyncio.wait({later}, timeout=0)\n",
             ),
             UNSENT,
@@ -98,7 +98,7 @@ CONTROLS = {
                 "CREATE TABLE agent_messages (\n    id uuid,",
             ),
             Edit("persistence/migrations/0001_tables.sql", "CREATE UNIQUE INDEX idx_messages", "CREATE INDEX idx_messages"),
-            Edit("persistence/sql/insert_messages.sql", "    ON CONFLICT (id) DO NOTHING\n", ""),
+            Edit("persistence/sql/flush.sql", "    ON CONFLICT (id) DO NOTHING\n", ""),
             SLOW,
         ],
         ("worker-killed",),
@@ -110,7 +110,7 @@ CONTROLS = {
         [
             Edit(
                 "persistence/lua/commit.lua",
-                "if session.turn ~= args.turn_id or session.turn_fence ~= args.fence then\n",
+                "if turn_id ~= args.turn_id or fence ~= args.fence then\n",
                 "if false then\n",
             ),
             Edit("persistence/lua/renew.lua", "if held[1] ~= args.turn_id or held[2] ~= args.fence then", "if false then"),
@@ -141,13 +141,18 @@ CONTROLS = {
         [
             Edit(
                 "persistence/lua/prelude.lua",
-                "  if session.unflushed ~= '' or session.turn ~= '' then\n",
-                "  if session.turn ~= '' then\n",
+                "  if unflushed ~= '' or turn ~= '' then\n",
+                "  if turn ~= '' then\n",
             ),
             Edit(
                 "persistence/lua/prelude.lua",
                 "  redis.call('PERSIST', key)\nend\n\n-- An anonymous session",
                 "  redis.call('PEXPIRE', key, session.hot_ttl_s * 1000)\nend\n\n-- An anonymous session",
+            ),
+            Edit(
+                "persistence/lua/commit.lua",
+                "redis.call('ZREM', running_key, args.session_id)\n",
+                "redis.call('ZREM', running_key, args.session_id)\nredis.call('PEXPIRE', session_key, 1000)\n",
             ),
             LATE,
         ],
@@ -156,7 +161,7 @@ CONTROLS = {
         workers=1,
     ),
     "a message that was answered is answered anew": Control(
-        [Edit("persistence/lua/begin.lua", "if args.message_id ~= '' and turns > 0 then", "if false then")],
+        [Edit("persistence/lua/begin.lua", "if args.message_id ~= '' then", "if false then")],
         ("worker-killed",),
         {"doubled"},
     ),
@@ -164,10 +169,17 @@ CONTROLS = {
         [
             Edit(
                 "persistence/lua/prelude.lua",
-                "local function damage(session)\n",
-                "local function damage(session)\n"
+                "local function confusion(session)\n",
+                "local function confusion(session)\n"
                 "  if not whole(session.turns) then session.turns, session.first_hot, session.flushed = '0', '1', '0' end\n",
-            )
+            ),
+            Edit(
+                "persistence/records.py",
+                "    session = decode_session([fields.get(name)",
+                "    if not fields[b'turns'].isdigit():\n"
+                "        fields = {**fields, b'turns': b'0', b'first_hot': b'1', b'flushed': b'0'}\n"
+                "    session = decode_session([fields.get(name)",
+            ),
         ],
         ("field-damaged",),
         {"out_of_order"},
