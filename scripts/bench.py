@@ -18,6 +18,7 @@ import uvloop
 from bench_drain import measure_drain
 from bench_flood import measure_flood
 from bench_servers import KEY, gateway, own_servers
+from bench_turns import measure_turns
 from redis.asyncio import Redis
 
 from gateway.runtime import Graphs, load_graphs
@@ -49,6 +50,15 @@ def main() -> None:
     flood.add_argument("--times", type=float, default=10, help="how many times its limit each sends (10)")
     flood.add_argument("--delay-ms", type=float, default=0, help="time that the agent takes (0)")
     flood.set_defaults(run=measure_flood)
+    turns = commands.add_parser("turns", help="what a turn costs, beside what else could be used")
+    turns.add_argument("--rows", default="", help="rows, comma-separated (all)")
+    turns.add_argument("--histories", default="0,50,200", help="stored messages of each session (0,50,200)")
+    turns.add_argument("--rounds", type=int, default=3, help="rounds (3)")
+    turns.add_argument("--seconds", type=float, default=10, help="seconds that a row is measured each time (10)")
+    turns.add_argument("--warm-up", type=float, default=3, help="seconds before that (3)")
+    turns.add_argument("--sessions", type=int, default=2000, help="sessions (2,000)")
+    turns.add_argument("--connections", type=int, default=32, help="connections (32)")
+    turns.set_defaults(run=measure_turns)
     options = parser.parse_args()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(options.run(options))
