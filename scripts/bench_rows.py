@@ -4,9 +4,7 @@ All run under uvicorn with the gateway's own options, with the same graph, and w
 """
 
 import argparse
-import gc
 import os
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -18,6 +16,7 @@ import msgspec
 import psycopg
 import uvicorn
 from bench_graph import builder, graph
+from bench_pauses import watch_collector
 from fastapi import Depends, FastAPI
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
@@ -221,12 +220,11 @@ def main() -> None:
     config = uvicorn.Config(
         app, port=options.port, http="httptools", loop="uvloop", ws="none", access_log=False, log_level="warning", server_header=False
     )
+    watch_collector()
     if options.row == "limit-tuned":
         tune_collector()
     uvicorn.Server(config).run()
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    gc.collect()
     main()

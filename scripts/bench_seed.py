@@ -146,7 +146,7 @@ async def fill_langgraph_dev(port: int, sessions: int, messages: int) -> list[st
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
 
         async def one() -> str:
-            thread = (await client.post("/threads", json={"graph_id": "bench"})).json()["thread_id"]
+            thread = (await client.post("/threads", json={"metadata": {"graph_id": "bench"}})).json()["thread_id"]
             if past:
                 body = {"values": {"messages": past}, "as_node": "answer"}
                 (await client.post(f"/threads/{thread}/state", json=body)).raise_for_status()

@@ -22,6 +22,7 @@ from urllib.request import Request, urlopen
 import msgspec
 import psutil
 from bench_load import Measured, Plan
+from bench_pauses import longest_ms
 from bench_plot import plot
 from bench_seed import AGENT, QUESTION, fill_gateway, fill_peer, session_id
 from bench_servers import KEY, Servers, own_servers
@@ -40,6 +41,7 @@ ROWS = {
     "saver-async": "AsyncPostgresSaver, durability async",
     "langgraph-dev": "langgraph dev",
 }
+SHARE = 0.8
 STATELESS = ("limit", "limit-tuned")
 
 
@@ -56,6 +58,7 @@ class Result(msgspec.Struct):
     postgres_ms: float
     worker_ms: float
     pause_ms: float
+    rate: float = 0
 
 
 class Cpu(NamedTuple):
@@ -89,12 +92,37 @@ async def measure_turns(options: argparse.Namespace) -> None:
                 results.append(measured)
                 print(f"round {number + 1}: {_line(measured)}", flush=True)
     medians = _medians(results)
+    paced = _medians(await _paced(medians, options, server_cores))
     print()
-    print(_table(medians))
+    print("\n".join([f"{HEAD}   CPU: ms per turn", *map(_line, medians)]))
+    if paced:
+        print(f"\nat a fixed rate, {SHARE:.0%} of what the gateway can do at most:")
+        print("\n".join([HEAD, *map(_line, paced)]))
+    print()
+    print("\n".join(f"{'  ' if one.holds else '! '}{one.text}" for one in targets(medians, paced)))
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / "turns.json").write_text(json.dumps(msgspec.to_builtins({"medians": medians, "rounds": results}), indent=2))
-    (FOLDER / "turns.svg").write_text(plot(medians))
+    everything = {"medians": medians, "paced": paced, "rounds": results}
+    (FOLDER / "turns.json").write_bytes(msgspec.json.format(msgspec.json.encode(everything), indent=2))
+    bars: dict[str, list[tuple[str, float]]] = {}
+    for one in medians:
+        bars.setdefault(ROWS[one.row], []).append((f"history {one.history}", one.turns_per_s))
+    (FOLDER / "turns.svg").write_text(plot("Turns per second on one core, by stored messages", bars))
     print(f"\nas JSON and as a plot: {FOLDER}/turns.json, {FOLDER}/turns.svg")
+
+
+async def _paced(medians: Sequence[Result], options: argparse.Namespace, cores: set[int]) -> list[Result]:
+    """The gateway and the limit under load that arrives at a fixed rate, in turn, for each history length."""
+    results = []
+    for number in range(options.rounds):
+        for one in medians:
+            if one.row != "message":
+                continue
+            for row in ("limit", "message"):
+                rate = one.turns_per_s * SHARE
+                measured = await _measure(row, one.history, options, cores, rate)
+                results.append(measured)
+                print(f"round {number + 1}, {rate:,.0f} a second: {_line(measured)}", flush=True)
+    return results
 
 
 async def _measure(row: str, history: int, options: argparse.Namespace, cores: set[int], rate: float = 0) -> Result:
@@ -110,12 +138,13 @@ async def _measure(row: str, history: int, options: argparse.Namespace, cores: s
                 port=port, paths=paths, bodies=bodies, seconds=options.warm_up, connections=options.connections, stream=row == "stream"
             )
             await _load(plan)
-            before = _cpu(servers, server, worker)
+            before, began = _cpu(servers, server, worker), monotonic()
             plan.seconds, plan.rate = options.seconds, rate
             measured = await _load(plan)
-            after = _cpu(servers, server, worker)
+            after, ended = _cpu(servers, server, worker), monotonic()
             if measured.failed:
                 raise RuntimeError(f"{row}: {measured.failed} of {len(measured.latencies_ms)} failed: {measured.first_failure}")
+        pause_ms = longest_ms(servers.folder / "pauses", began, ended)
     turns = len(measured.latencies_ms)
     spent = [(b - a) * 1000 / turns for a, b in zip(before, after, strict=True)]
     ordered = sorted(measured.latencies_ms)
@@ -126,7 +155,8 @@ async def _measure(row: str, history: int, options: argparse.Namespace, cores: s
         ordered[turns // 2],
         ordered[min(turns - 1, turns * 99 // 100)],
         *spent,
-        0.0,
+        pause_ms,
+        rate,
     )
 
 
@@ -149,11 +179,11 @@ def _server(row: str, servers: Servers, cores: set[int]) -> Iterator[tuple[int, 
     """The server of a row, pinned, and the gateway's worker."""
     port = int(servers.environment["GATEWAY_PORT"])
     command = [sys.executable, str(SCRIPTS / "bench_rows.py"), row, str(port)]
-    environment = {**servers.environment, "DATABASE_URL": servers.postgres.url, "LANGSMITH_TRACING": "false"}
+    environment = {**servers.environment, "DATABASE_URL": servers.postgres.url, "LANGSMITH_TRACING": "false", "BENCH_PAUSES": str(servers.folder / "pauses")}
     processes = []
     directory = None
     if row in GATEWAY:
-        command = [sys.executable, "-m", "gateway", "serve"]
+        command = [sys.executable, str(SCRIPTS / "bench_gateway.py"), "serve"]
     elif row == "langgraph-dev":
         directory = servers.folder / "dev"
         directory.mkdir()
@@ -245,15 +275,57 @@ def _medians(results: Sequence[Result]) -> list[Result]:
     ]
 
 
-HEAD = f"{'':<44}{'history':>8}{'turns/s':>9}{'p50':>8}{'p99':>8}{'server':>8}{'redis':>7}{'postgres':>9}{'worker':>8}"
+HEAD = (
+    f"{'':<42}{'history':>8}{'turns/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'server':>8}{'redis':>7}{'postgres':>9}{'worker':>8}{'gc ms':>7}"
+)
 
 
 def _line(one: Result) -> str:
     return (
-        f"{ROWS[one.row]:<44}{one.history:>8}{one.turns_per_s:>9,.0f}{one.p50_ms:>8.1f}{one.p99_ms:>8.1f}"
-        f"{one.server_ms:>8.2f}{one.redis_ms:>7.2f}{one.postgres_ms:>9.2f}{one.worker_ms:>8.2f}"
+        f"{ROWS[one.row]:<42}{one.history:>8}{one.turns_per_s:>9,.0f}{one.p50_ms:>8.1f}{one.p99_ms:>8.1f}"
+        f"{one.server_ms:>8.2f}{one.redis_ms:>7.2f}{one.postgres_ms:>9.2f}{one.worker_ms:>8.2f}{one.pause_ms:>7.1f}"
     )
 
 
-def _table(medians: Sequence[Result]) -> str:
-    return "\n".join([HEAD + "   (CPU: ms per turn)", *map(_line, medians)])
+class Target(NamedTuple):
+    """A figure that has to hold, in words."""
+
+    holds: bool
+    text: str
+
+
+def targets(medians: Sequence[Result], paced: Sequence[Result]) -> list[Target]:
+    """What the gateway has to reach, as far as what it is compared with was measured."""
+    by = {(one.row, one.history): one for one in medians}
+    found = []
+
+    def ratio(history: int, other: str, other_history: int, least: float) -> None:
+        ours, theirs = by.get(("message", history)), by.get((other, other_history))
+        if ours and theirs:
+            value = ours.turns_per_s / theirs.turns_per_s
+            name = ROWS[other] if other != "message" else f"itself at {other_history}"
+            found.append(Target(value >= least, f"history {history:>3}: {value:5.2f} of {name} (at least {least:g})"))
+
+    first = min((history for row, history in by if row == "limit"), default=0)
+    ratio(0, "limit", first, 0.70)
+    ratio(50, "limit", first, 0.60)
+    ratio(200, "limit", first, 0.60)
+    ratio(200, "message", 50, 0.95)
+    ratio(50, "first", 50, 3)
+    ratio(200, "first", 200, 5)
+    ratio(50, "saver-exit", 50, 2)
+    ratio(50, "langgraph-dev", 50, 5)
+    for one in medians:
+        if one.row == "message":
+            for name, value, most in (
+                ("Redis", one.redis_ms, 0.15),
+                ("Postgres", one.postgres_ms, 0.10),
+            ):
+                found.append(Target(value <= most, f"history {one.history:>3}: {name} {value:.2f} ms CPU per turn (at most {most:.2f})"))
+            found.append(Target(one.pause_ms <= 20, f"history {one.history:>3}: longest pause of the collector {one.pause_ms:.1f} ms (at most 20)"))
+    limits = {one.history: one for one in paced if one.row == "limit"}
+    for one in paced:
+        if one.row == "message":
+            most = limits[one.history].p99_ms
+            found.append(Target(one.p99_ms <= most, f"history {one.history:>3}: p99 at {SHARE:.0%} load {one.p99_ms:.1f} ms (the limit's: {most:.1f})"))
+    return found
