@@ -17,6 +17,7 @@ from time import perf_counter
 import uvloop
 from bench_drain import measure_drain
 from bench_flood import measure_flood
+from bench_flush import measure_flush
 from bench_servers import KEY, gateway, own_servers
 from bench_turns import measure_turns
 from redis.asyncio import Redis
@@ -50,6 +51,10 @@ def main() -> None:
     flood.add_argument("--times", type=float, default=10, help="how many times its limit each sends (10)")
     flood.add_argument("--delay-ms", type=float, default=0, help="time that the agent takes (0)")
     flood.set_defaults(run=measure_flood)
+    flush = commands.add_parser("flush", help="how fast a worker is, beside bare inserts")
+    flush.add_argument("--turns", type=int, default=50_000, help="turns of each round (50,000)")
+    flush.add_argument("--rounds", type=int, default=3, help="rounds (3)")
+    flush.set_defaults(run=measure_flush)
     turns = commands.add_parser("turns", help="what a turn costs, beside what else could be used")
     turns.add_argument("--rows", default="", help="rows, comma-separated (all)")
     turns.add_argument("--histories", default="0,50,200", help="stored messages of each session (0,50,200)")

@@ -34,12 +34,12 @@ async def measure_drain(options: argparse.Namespace) -> None:
         await stores.check()
         with gateway("worker", servers):
             began = perf_counter()
-            await _queue(stores, sessions, rounds)
+            await queue_turns(stores, sessions, rounds)
             print(f"{turns:,} turns of {sessions:,} sessions queued in {perf_counter() - began:.1f} s, Postgres down")
             await _print_fullest(stores)
             await asyncio.to_thread(servers.postgres.start)
             began = perf_counter()
-            while await _waiting(stores):  # noqa: ASYNC110  # another process works
+            while await waiting(stores):  # noqa: ASYNC110  # another process works
                 await asyncio.sleep(0.05)
             seconds = perf_counter() - began
         await stores.close()
@@ -59,7 +59,7 @@ def _words(number: int, turn: int) -> tuple[str, str]:
     return f"Question of {name}. " + "Where is my order? " * 4, f"Answer of {name}. " + "It is on its way to you. " * 15
 
 
-async def _queue(stores: Stores, sessions: int, rounds: int) -> None:
+async def queue_turns(stores: Stores, sessions: int, rounds: int) -> None:
     """One turn of every session, then the next one of every session: as visitors who chat at the same time."""
     await gather_bounded((_open(stores, number) for number in range(sessions)), AT_ONCE)
     for turn in range(1, rounds + 1):
@@ -108,7 +108,7 @@ async def _print_fullest(stores: Stores) -> None:
     )
 
 
-async def _waiting(stores: Stores) -> int:
+async def waiting(stores: Stores) -> int:
     outbox = stores.keys.outbox(0)
     return int(await stores.client.xlen(outbox)) + int((await stores.client.xpending(outbox, GROUP))["pending"])
 
