@@ -8,12 +8,14 @@
 import argparse
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 
+import structlog
 import uvloop
 from bench_drain import measure_drain
 from bench_flood import measure_flood
@@ -59,12 +61,15 @@ def main() -> None:
     turns.add_argument("--rows", default="", help="rows, comma-separated (all)")
     turns.add_argument("--histories", default="0,50,200", help="stored messages of each session (0,50,200)")
     turns.add_argument("--rounds", type=int, default=3, help="rounds (3)")
-    turns.add_argument("--seconds", type=float, default=10, help="seconds that a row is measured each time (10)")
-    turns.add_argument("--warm-up", type=float, default=3, help="seconds before that (3)")
+    turns.add_argument("--seconds", type=float, default=6, help="seconds that a row is measured each time (6)")
+    turns.add_argument("--warm-up", type=float, default=2, help="seconds before that (2)")
     turns.add_argument("--sessions", type=int, default=2000, help="sessions (2,000)")
     turns.add_argument("--connections", type=int, default=32, help="connections (32)")
+    turns.add_argument("--no-paced", action="store_true", help="leave out the load that arrives at a fixed rate")
     turns.set_defaults(run=measure_turns)
     options = parser.parse_args()
+    # What this process does by itself, filling stores above all, is not what is watched here.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(options.run(options))
 

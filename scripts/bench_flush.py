@@ -1,4 +1,4 @@
-"""How fast a worker brings turns from the outbox to Postgres, beside bare inserts of the same rows: `scripts/bench flush`."""
+"""How fast a worker brings turns from the outbox to Postgres, beside bare inserts of them: `scripts/bench flush`."""
 
 import argparse
 import asyncio
@@ -69,7 +69,16 @@ async def _records(stores: Stores) -> list[Record]:
 
 def _rows(records: Sequence[Record]) -> list[tuple[Any, ...]]:
     return [
-        (m.id, r.session.id, m.role, m.content, r.turn.id, r.session.turns, r.turn.seq + i, datetime.fromisoformat(m.created_at))
+        (
+            m.id,
+            r.session.id,
+            m.role,
+            m.content,
+            r.turn.id,
+            r.session.turns,
+            r.turn.seq + i,
+            datetime.fromisoformat(m.created_at),
+        )
         for r in records
         if r.turn
         for i, m in enumerate(r.turn.messages)
@@ -81,7 +90,9 @@ async def _bare(servers: Servers, records: Sequence[Record]) -> float:
     connection = await asyncpg.connect(servers.postgres.url)
     await connection.execute(TABLE)
     turns = [record for record in records if record.turn]
-    batches = [[list(column) for column in zip(*_rows(turns[i : i + BATCH]), strict=True)] for i in range(0, len(turns), BATCH)]
+    batches = [
+        [list(column) for column in zip(*_rows(turns[i : i + BATCH]), strict=True)] for i in range(0, len(turns), BATCH)
+    ]
     began = perf_counter()
     for batch in batches:
         await connection.execute(INSERT, *batch)

@@ -12,15 +12,16 @@ import uvloop
 
 
 class Plan(msgspec.Struct, kw_only=True):
-    """What is to be sent: `bodies[i]` to `paths[i]`, in rotation.
+    """What is to be sent: `bodies[i]` to `paths[i]`, with the session token `tokens[i]` if there are any, in rotation.
 
-    Closed loop: each connection sends its next request when the last is answered. With a `rate` (requests per second) they are
-    sent at fixed times, and waited for from those times on: a server that stalls does not slow down its visitors.
+    Closed loop: each connection sends its next request when the last is answered. With a `rate` (requests per second)
+    they are sent at fixed times, and waited for from those times on: a server that stalls does not slow down its visitors.
     """
 
     port: int
     paths: list[str]
     bodies: list[str]
+    tokens: list[str] = []
     headers: dict[str, str] = {}
     connections: int = 32
     seconds: float
@@ -42,9 +43,11 @@ async def run(plan: Plan) -> Measured:
     fields = {"Host": "127.0.0.1", "Content-Type": "application/json", **plan.headers}
     head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     requests = []
-    for path, body in zip(plan.paths, plan.bodies, strict=True):
+    tokens = plan.tokens or [""] * len(plan.paths)
+    for path, body, token in zip(plan.paths, plan.bodies, tokens, strict=True):
         content = body.encode()
-        requests.append(f"POST {path} HTTP/1.1\r\n{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        own = f"Authorization: Bearer {token}\r\n" if token else ""
+        requests.append(f"POST {path} HTTP/1.1\r\n{head}{own}Content-Length: {len(content)}\r\n\r\n".encode() + content)
     latencies: list[float] = []
     failures: list[str] = []
     began = perf_counter()

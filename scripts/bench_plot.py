@@ -22,7 +22,9 @@ def plot(title: str, groups: Mapping[str, Sequence[tuple[str, float]]]) -> str:
         parts.append(f'<text x="{LABEL - 12}" y="{middle:.0f}" text-anchor="end">{escape(row)}</text>')
         for name, value in bars:
             colour = COLOURS[series.index(name) % len(COLOURS)]
-            parts.append(f'<rect x="{LABEL}" y="{y}" width="{value * scale:.1f}" height="{BAR - 2}" rx="2" fill="{colour}"/>')
+            parts.append(
+                f'<rect x="{LABEL}" y="{y}" width="{value * scale:.1f}" height="{BAR - 2}" rx="2" fill="{colour}"/>'
+            )
             parts.append(f'<text class="dim" x="{LABEL + value * scale + 6:.1f}" y="{y + BAR - 4}">{value:,.0f}</text>')
             y += BAR
         y += GAP
@@ -32,7 +34,8 @@ def plot(title: str, groups: Mapping[str, Sequence[tuple[str, float]]]) -> str:
         for i, name in enumerate(series)
     )
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 10}" viewBox="0 0 {WIDTH} {y + 10}" role="img">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 10}" viewBox="0 0 {WIDTH} {y + 10}"'
+        f' role="img">'
         f"<title>{escape(title)}</title><style>{STYLE}</style>"
         f'<rect class="ground" width="100%" height="100%" fill="#fff"/>'
         f'<text class="head" x="16" y="26">{escape(title)}</text>{legend}{"".join(parts)}</svg>\n'

@@ -1,6 +1,6 @@
 """The servers that the gateway is measured beside, one application each: `python scripts/bench_rows.py <row> <port>`.
 
-All run under uvicorn with the gateway's own options, with the same graph, and with the same history window where they have one.
+All run under uvicorn with the gateway's own options, with the same graph, and the same history window where they have one.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import uvicorn
 from bench_graph import builder, graph
 from bench_pauses import watch_collector
 from fastapi import Depends, FastAPI
-from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
+from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from psycopg.rows import dict_row
@@ -118,7 +118,7 @@ def first(url: str) -> FastAPI:
     async def message(body: FirstBody, db: Annotated[AsyncSession, Depends(database)]) -> FirstAnswer:
         chat = (await db.execute(select(Chat).where(Chat.session_id == body.session_id))).scalar_one()
         history = chat.conversation_history
-        past = [_langchain(one["role"], one["content"]) for one in history[-WINDOW:]]
+        past: list[AnyMessage] = [_langchain(one["role"], one["content"]) for one in history[-WINDOW:]]
         state = await graph.ainvoke({"messages": [*past, HumanMessage(body.message)]})
         text = state["messages"][-1].content
         now = datetime.now(UTC)
@@ -134,7 +134,7 @@ def first(url: str) -> FastAPI:
     return app
 
 
-def _langchain(role: str, content: str) -> BaseMessage:
+def _langchain(role: str, content: str) -> AnyMessage:
     return HumanMessage(content) if role == "user" else AIMessage(content)
 
 
@@ -156,7 +156,7 @@ def rows(url: str) -> Starlette:
                 body.session_id,
                 WINDOW,
             )
-        past = [_langchain(one["role"], one["content"]) for one in reversed(found)]
+        past: list[AnyMessage] = [_langchain(one["role"], one["content"]) for one in reversed(found)]
         state = await graph.ainvoke({"messages": [*past, HumanMessage(body.message)]})
         text = state["messages"][-1].content
         now = datetime.now(UTC)
@@ -218,7 +218,14 @@ def main() -> None:
     options = parser.parse_args()
     app = ROWS[options.row](os.environ["DATABASE_URL"])
     config = uvicorn.Config(
-        app, port=options.port, http="httptools", loop="uvloop", ws="none", access_log=False, log_level="warning", server_header=False
+        app,
+        port=options.port,
+        http="httptools",
+        loop="uvloop",
+        ws="none",
+        access_log=False,
+        log_level="warning",
+        server_header=False,
     )
     watch_collector()
     if options.row == "limit-tuned":
