@@ -20,6 +20,7 @@ import uvloop
 from bench_drain import measure_drain
 from bench_flood import measure_flood
 from bench_flush import measure_flush
+from bench_growth import measure_growth
 from bench_servers import KEY, gateway, own_servers
 from bench_turns import measure_turns
 from redis.asyncio import Redis
@@ -56,7 +57,19 @@ def main() -> None:
     flush = commands.add_parser("flush", help="how fast a worker is, beside bare inserts")
     flush.add_argument("--turns", type=int, default=50_000, help="turns of each round (50,000)")
     flush.add_argument("--rounds", type=int, default=3, help="rounds (3)")
+    flush.add_argument("--lag-seconds", type=float, default=10, help="seconds for which the lag is looked at (10)")
     flush.set_defaults(run=measure_flush)
+    growth = commands.add_parser("growth", help="what a turn costs as sessions, histories and open streams grow")
+    growth.add_argument("--parts", default="sessions,history,streams", help="what grows (sessions,history,streams)")
+    growth.add_argument(
+        "--sessions", default="1000,10000,100000,1000000", help="sessions in Redis (1000,10000,100000,1000000)"
+    )
+    growth.add_argument("--histories", default="0,50,200,500,2000", help="stored messages of a session (0,50,200,500,2000)")
+    growth.add_argument("--streams", default="0,100,1000", help="open streams (0,100,1000)")
+    growth.add_argument("--rounds", type=int, default=5, help="rounds, all sizes in turn (5)")
+    growth.add_argument("--seconds", type=float, default=5, help="seconds of each (5)")
+    growth.add_argument("--warm-up", type=float, default=2, help="seconds before that (2)")
+    growth.set_defaults(run=measure_growth)
     turns = commands.add_parser("turns", help="what a turn costs, beside what else could be used")
     turns.add_argument("--rows", default="", help="rows, comma-separated (all)")
     turns.add_argument("--histories", default="0,50,200", help="stored messages of each session (0,50,200)")

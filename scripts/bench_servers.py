@@ -55,7 +55,7 @@ def own_servers(redis_config: Mapping[str, str] = DEFAULTS, /, **variables: str)
 
 @contextmanager
 def gateway(command: str, servers: Servers) -> Iterator[int]:
-    """`python -m gateway <command>` as a process, ended at the end; its process id."""
+    """`python -m gateway <command>` as a process, ended at the end; its process id. It runs on the cores of its starter."""
     with (servers.folder / f"{command}.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "gateway", command], env=servers.environment, stderr=log)
         try:

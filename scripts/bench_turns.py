@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import asyncpg
 from bench_check import check
+from bench_load import Plan
 from bench_measure import (
     FOLDER,
     GATEWAY,
@@ -52,6 +53,15 @@ class RoundTrips(NamedTuple):
 
     reads: float
     calls: float
+
+
+class Counts(NamedTuple):
+    """How much a load was, and what Redis counted of it."""
+
+    turns: int
+    seconds: float
+    reads: int
+    calls: int
 
 
 async def measure_turns(options: argparse.Namespace) -> None:
@@ -154,23 +164,28 @@ async def _assert_durable(servers: Servers) -> None:
 
 
 async def _round_trips(options: argparse.Namespace, cores: set[int]) -> RoundTrips:
-    """Redis' own counts, worker stopped: what they grow by from a slow load to a faster one, divided by the turns more.
-    What a pod does in the background is the same in both."""
+    """Redis' own counts, worker stopped, of a slow load and of a faster one: what a pod does in the background it does by
+    the second, and not by the turn."""
     with own_servers(**PRODUCTION) as servers:
         await fill_gateway(servers, options.sessions, 50)
         client: Any = Redis.from_url(servers.redis.url, protocol=2)
         with serve("message", servers, cores, worker=False) as serving:
             plan = plan_for(serving, range(options.sessions), connections=options.connections)
             await load(plan, 1, 100)
-            counts = []
-            for rate in (50, 350):
-                before = await _counted(client)
-                measured = await load(plan, 3, rate)
-                after = await _counted(client)
-                counts.append((len(measured.latencies_ms), after[0] - before[0], after[1] - before[1]))
+            slow, fast = [await _count(client, plan, rate) for rate in (50, 350)]
         await client.aclose()
-    (slow, slow_reads, slow_calls), (fast, fast_reads, fast_calls) = counts
-    return RoundTrips((fast_reads - slow_reads) / (fast - slow), (fast_calls - slow_calls) / (fast - slow))
+    whole = slow.turns * fast.seconds - fast.turns * slow.seconds
+    return RoundTrips(
+        (slow.reads * fast.seconds - fast.reads * slow.seconds) / whole,
+        (slow.calls * fast.seconds - fast.calls * slow.seconds) / whole,
+    )
+
+
+async def _count(client: Any, plan: Plan, rate: float) -> Counts:
+    before, began = await _counted(client), monotonic()
+    measured = await load(plan, 3, rate)
+    after = await _counted(client)
+    return Counts(len(measured.latencies_ms), monotonic() - began, after[0] - before[0], after[1] - before[1])
 
 
 async def _counted(client: Any) -> tuple[int, int]:
