@@ -104,9 +104,11 @@ async def measure_turns(options: argparse.Namespace) -> None:
     )
     bars: dict[str, list[tuple[str, float]]] = {}
     for one in medians:
-        name = "no history" if one.row in STATELESS else f"{one.history} messages"
+        name = "no state" if one.row in STATELESS else f"{one.history} messages"
         bars.setdefault(ROWS[one.row], []).append((name, one.turns_per_s))
-    (FOLDER / "turns.svg").write_text(plot("Turns per second on one core, by stored messages", bars))
+    (FOLDER / "turns.svg").write_text(
+        plot("Turns per second on one core, by stored messages", bars, [ROWS[row] for row in GATEWAY])
+    )
     print(f"\nin .bench: turns.json, turns.svg; took {(monotonic() - began) / 60:.0f} min")
 
 
