@@ -27,6 +27,6 @@ def watch_collector() -> None:
 
 
 def longest_ms(file: Path, begin: float, end: float) -> float:
-    """The longest pause between two moments, in milliseconds; 0 when nothing was written."""
-    pauses = json.loads(file.read_text()) if file.exists() else []
+    """The longest pause between two moments, in milliseconds. Raises FileNotFoundError when the server wrote nothing."""
+    pauses = json.loads(file.read_text())
     return max((ms for moment, ms in pauses if begin <= moment <= end), default=0.0)

@@ -49,7 +49,9 @@ async def measure_profile(options: argparse.Namespace) -> None:
 async def _record(serving: Serving, kind: str, file: Path, options: argparse.Namespace) -> None:
     """One recording. The profiler keeps to the cores of the load: all it costs the pod are the pauses for its looks."""
     command = ["record", "--pid", str(serving.server.pid), "--format", kind, "--output", str(file), "--function"]
-    command += ["--duration", str(int(options.seconds)), "--rate", str(SAMPLES_PER_S), "--full-filenames", "--threads"]
+    command += ["--duration", str(int(options.seconds)), "--rate", str(SAMPLES_PER_S), "--threads"]
+    # The lists want to know whose a file is; the graph is read by people.
+    command += ["--full-filenames"] if kind == "raw" else []
     command += ["--native"] if options.native else []
     tool = Path(sys.executable).parent / "py-spy"
     pipe = asyncio.subprocess.PIPE

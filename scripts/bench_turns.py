@@ -203,13 +203,15 @@ async def _counted(client: Any) -> tuple[int, int]:
 
 
 def _medians(results: Sequence[Result]) -> list[Result]:
+    """Of each row and history the medians of all rounds, and the longest pause of any."""
     groups: dict[tuple[str, int], list[Result]] = {}
     for one in results:
         groups.setdefault((one.row, one.history), []).append(one)
-    return [
-        Result(row, history, *(median(getattr(one, field) for one in group) for field in Result.__struct_fields__[2:]))
-        for (row, history), group in groups.items()
-    ]
+    medians = []
+    for (row, history), group in groups.items():
+        middle = {name: median(getattr(one, name) for one in group) for name in Result.__struct_fields__[2:]}
+        medians.append(Result(row, history, **{**middle, "pause_ms": max(one.pause_ms for one in group)}))
+    return medians
 
 
 HEAD = (
