@@ -1,23 +1,36 @@
-"""Measures on servers of its own: how soon streamed text arrives, what open streams cost, how fast a backlog drains.
+"""Measures on servers of its own, and leaves figures, plots and profiles in .bench.
 
-`scripts/bench streams` runs the graph by itself and behind a pod in turn, in one run, and prints medians.
-`scripts/bench drain` (bench_drain.py) queues turns while Postgres is down and measures what happens when it is back.
-`scripts/bench flood` (bench_flood.py) measures what visitors notice of others who send ten times what their limit allows.
+`scripts/bench turns` (bench_turns.py): what a turn costs, beside the limit and beside what else could be used.
+`scripts/bench growth` (bench_growth.py): the same as sessions, histories and open streams grow.
+`scripts/bench flush` (bench_flush.py): how fast a worker is, beside bare inserts, and how far behind.
+`scripts/bench sizing` (bench_sizing.py): pods, workers, memory and disk for a load, computed from those three.
+`scripts/bench profile` (bench_profile.py): where the time of a turn goes in a pod.
+`scripts/bench streams`: how much later than the graph's own a visitor's first text is, and what open streams cost.
+`scripts/bench drain` (bench_drain.py): turns are queued while Postgres is down; what happens when it is back.
+`scripts/bench flood` (bench_flood.py): what visitors notice of others who send ten times what their limit allows.
 """
 
 import argparse
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
+from typing import Any
 
+import structlog
 import uvloop
 from bench_drain import measure_drain
 from bench_flood import measure_flood
+from bench_flush import measure_flush
+from bench_growth import measure_growth
+from bench_profile import measure_profile
 from bench_servers import KEY, gateway, own_servers
+from bench_sizing import measure_sizing
+from bench_turns import measure_turns
 from redis.asyncio import Redis
 
 from gateway.runtime import Graphs, load_graphs
@@ -31,8 +44,62 @@ AGENT = AgentDefinition(graph="echo", config={"chunks": CHUNKS, "delay_ms": DELA
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    commands = parser.add_subparsers(required=True)
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_speed(commands)
+    _add_others(commands)
+    options = parser.parse_args()
+    # What this process does by itself, filling stores above all, is not what is watched here.
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(options.run(options))
+
+
+def _add_speed(commands: Any) -> None:
+    turns = commands.add_parser("turns", help="what a turn costs, beside what else could be used")
+    turns.add_argument("--rows", default="", help="rows, comma-separated (all)")
+    turns.add_argument("--histories", default="0,50,200", help="stored messages of each session (0,50,200)")
+    turns.add_argument("--rounds", type=int, default=3, help="rounds (3)")
+    turns.add_argument("--seconds", type=float, default=6, help="seconds that a row is measured each time (6)")
+    turns.add_argument("--warm-up", type=float, default=2, help="seconds before that (2)")
+    turns.add_argument("--sessions", type=int, default=2000, help="sessions (2,000)")
+    turns.add_argument("--connections", type=int, default=32, help="connections (32)")
+    turns.add_argument("--no-paced", action="store_true", help="leave out the load that arrives at a fixed rate")
+    turns.set_defaults(run=measure_turns)
+    growth = commands.add_parser("growth", help="what a turn costs as sessions, histories and open streams grow")
+    growth.add_argument("--parts", default="sessions,history,streams", help="what grows (sessions,history,streams)")
+    growth.add_argument(
+        "--sessions", default="1000,10000,100000,1000000", help="sessions in Redis (1000,10000,100000,1000000)"
+    )
+    growth.add_argument("--histories", default="0,50,200,500,2000", help="stored messages of a session (0,50,200,500,2000)")
+    growth.add_argument("--streams", default="0,100,1000", help="open streams (0,100,1000)")
+    growth.add_argument("--rounds", type=int, default=5, help="rounds, all sizes in turn (5)")
+    growth.add_argument("--seconds", type=float, default=5, help="seconds of each (5)")
+    growth.add_argument("--warm-up", type=float, default=2, help="seconds before that (2)")
+    growth.set_defaults(run=measure_growth)
+    flush = commands.add_parser("flush", help="how fast a worker is, beside bare inserts")
+    flush.add_argument("--turns", type=int, default=50_000, help="turns of each round (50,000)")
+    flush.add_argument("--rounds", type=int, default=3, help="rounds (3)")
+    flush.add_argument("--lag-seconds", type=float, default=10, help="seconds for which the lag is looked at (10)")
+    flush.set_defaults(run=measure_flush)
+    sizing = commands.add_parser(
+        "sizing", help="pods, workers, memory and disk for a load, from the last turns, growth and flush"
+    )
+    sizing.add_argument("--readme", action="store_true", help="write the tables into the README")
+    sizing.set_defaults(run=measure_sizing)
+    profile = commands.add_parser("profile", help="where the time of a turn goes: a flame graph and lists")
+    profile.add_argument(
+        "--row", default="message", choices=("message", "stream", "limit", "first", "rows"), help="what is looked at"
+    )
+    profile.add_argument("--history", type=int, default=50, help="stored messages of each session (50)")
+    profile.add_argument("--seconds", type=float, default=10, help="seconds of each of two recordings (10)")
+    profile.add_argument("--native", action="store_true", help="functions in C too")
+    profile.set_defaults(run=measure_profile)
+
+
+def _add_others(commands: Any) -> None:
     streams = commands.add_parser("streams", help="first token, and the cost of open streams")
     streams.add_argument("--rounds", type=int, default=200, help="turns measured each way (200)")
     streams.add_argument("--open", type=int, default=500, help="idle streams held open (500)")
@@ -49,9 +116,6 @@ def main() -> None:
     flood.add_argument("--times", type=float, default=10, help="how many times its limit each sends (10)")
     flood.add_argument("--delay-ms", type=float, default=0, help="time that the agent takes (0)")
     flood.set_defaults(run=measure_flood)
-    options = parser.parse_args()
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(options.run(options))
 
 
 @asynccontextmanager

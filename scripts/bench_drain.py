@@ -2,7 +2,9 @@
 
 import argparse
 import asyncio
+from datetime import datetime
 from time import perf_counter
+from typing import NamedTuple
 
 import asyncpg
 from bench_servers import Servers, gateway, own_servers
@@ -22,6 +24,19 @@ TURNS_A_SESSION = 50
 AT_ONCE = 64
 
 
+class Row(NamedTuple):
+    """A message as Postgres has it."""
+
+    id: str
+    session_id: str
+    role: str
+    content: str
+    turn_id: str
+    turn: int
+    seq: int
+    created_at: datetime
+
+
 async def measure_drain(options: argparse.Namespace) -> None:
     """Queues turns while Postgres is down, starts it, and prints how long a running worker takes to bring them there."""
     sessions = max(1, options.turns // TURNS_A_SESSION)
@@ -34,12 +49,12 @@ async def measure_drain(options: argparse.Namespace) -> None:
         await stores.check()
         with gateway("worker", servers):
             began = perf_counter()
-            await _queue(stores, sessions, rounds)
+            await queue_turns(stores, sessions, rounds)
             print(f"{turns:,} turns of {sessions:,} sessions queued in {perf_counter() - began:.1f} s, Postgres down")
             await _print_fullest(stores)
             await asyncio.to_thread(servers.postgres.start)
             began = perf_counter()
-            while await _waiting(stores):  # noqa: ASYNC110  # another process works
+            while await waiting(stores):  # noqa: ASYNC110  # another process works
                 await asyncio.sleep(0.05)
             seconds = perf_counter() - began
         await stores.close()
@@ -59,32 +74,36 @@ def _words(number: int, turn: int) -> tuple[str, str]:
     return f"Question of {name}. " + "Where is my order? " * 4, f"Answer of {name}. " + "It is on its way to you. " * 15
 
 
-async def _queue(stores: Stores, sessions: int, rounds: int) -> None:
-    """One turn of every session, then the next one of every session: as visitors who chat at the same time."""
-    await gather_bounded((_open(stores, number) for number in range(sessions)), AT_ONCE)
+async def queue_turns(stores: Stores, sessions: int, rounds: int) -> list[Row]:
+    """One turn of every session, then the next one of every session: as visitors who chat at the same time. Gives the rows
+    that their messages are in Postgres."""
+    ids = await gather_bounded((_open(stores, number) for number in range(sessions)), AT_ONCE)
+    rows: list[Row] = []
     for turn in range(1, rounds + 1):
-        await gather_bounded((_say(stores, number, turn) for number in range(sessions)), AT_ONCE)
+        said = await gather_bounded((_say(stores, number, ids[number], turn) for number in range(sessions)), AT_ONCE)
+        rows += [row for pair in said for row in pair]
+    return rows
 
 
-async def _open(stores: Stores, number: int) -> None:
-    await stores.sessions.open(
-        NewSession(
-            id=str(uuid7()),
-            session_id=_session_id(number),
-            agent_id=AGENT_ID,
-            channel="text",
-            website_domain="shop.example",
-            user_id="",
-            ip_address="192.0.2.1",
-            user_agent="Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
-            metadata={"page": "/cart"},
-            minted=True,
-            hot_ttl_s=POLICY.hot_ttl_s,
-        )
+async def _open(stores: Stores, number: int) -> str:
+    new = NewSession(
+        id=str(uuid7()),
+        session_id=_session_id(number),
+        agent_id=AGENT_ID,
+        channel="text",
+        website_domain="shop.example",
+        user_id="",
+        ip_address="192.0.2.1",
+        user_agent="Mozilla/5.0 (X11; Linux x86_64; rv:140.0) Gecko/20100101 Firefox/140.0",
+        metadata={"page": "/cart"},
+        minted=True,
+        hot_ttl_s=POLICY.hot_ttl_s,
     )
+    await stores.sessions.open(new)
+    return new.id
 
 
-async def _say(stores: Stores, number: int, turn: int) -> None:
+async def _say(stores: Stores, number: int, session: str, turn: int) -> list[Row]:
     session_id, turn_id = _session_id(number), str(uuid7())
     begun = await stores.sessions.begin(session_id, turn_id, VISITOR, POLICY)
     assert isinstance(begun, Begun), begun
@@ -93,6 +112,11 @@ async def _say(stores: Stores, number: int, turn: int) -> None:
     messages = [Message(str(uuid7()), "user", question, at), Message(str(uuid7()), "assistant", answer, at)]
     committed = await stores.sessions.commit(begun, Turn(turn_id, None, 2 * turn - 1, messages), POLICY)
     assert committed, f"turn {turn} of {session_id} was lost"
+    moment = datetime.fromisoformat(at)
+    return [
+        Row(one.id, session, one.role, one.content, turn_id, turn, 2 * turn - 1 + index, moment)
+        for index, one in enumerate(messages)
+    ]
 
 
 async def _print_fullest(stores: Stores) -> None:
@@ -106,7 +130,7 @@ async def _print_fullest(stores: Stores) -> None:
     )
 
 
-async def _waiting(stores: Stores) -> int:
+async def waiting(stores: Stores) -> int:
     outbox = stores.keys.outbox(0)
     return int(await stores.client.xlen(outbox)) + int((await stores.client.xpending(outbox, GROUP))["pending"])
 

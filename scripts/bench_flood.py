@@ -12,6 +12,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from os import sysconf
 from pathlib import Path
 from statistics import median, quantiles
@@ -83,11 +84,13 @@ async def flood(port: int, flooders: int, times: float) -> None:
     while seconds := (await asyncio.to_thread(sys.stdin.readline)).strip():
         await asyncio.gather(*map(_use_up, lines))
         print("flooding", flush=True)
-        found: Counter[int] = Counter()
-        await pace(
-            lines, times * LIMIT_PER_S * flooders, float(seconds), lambda status, _, found=found: found.update([status])
-        )
-        print(json.dumps(found), flush=True)
+        found: list[int] = []
+        await pace(lines, times * LIMIT_PER_S * flooders, float(seconds), partial(_note, found))
+        print(json.dumps(Counter(found)), flush=True)
+
+
+def _note(found: list[int], status: int, _: float) -> None:
+    found.append(status)
 
 
 async def _use_up(line: Line) -> None:

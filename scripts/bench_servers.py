@@ -12,6 +12,7 @@ from typing import NamedTuple
 from gateway.servers import PostgresServer, RedisServer, free_port
 
 KEY = "a key of the bench's own, 32 characters"
+DEFAULTS: Mapping[str, str] = {}
 
 
 class Servers(NamedTuple):
@@ -24,13 +25,14 @@ class Servers(NamedTuple):
 
 
 @contextmanager
-def own_servers(**variables: str) -> Iterator[Servers]:
-    """Both stores, empty, gone at the end. `variables` are added to the environment."""
+def own_servers(redis_config: Mapping[str, str] = DEFAULTS, /, **variables: str) -> Iterator[Servers]:
+    """Both stores, empty, gone at the end; as in production, Redis with its append-only file (`everysec`), Postgres with
+    `fsync`. `variables` are added to the environment."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # PostgreSQL may run as another user than this one.
         folder.chmod(0o755)
-        redis = RedisServer(folder / "redis", free_port())
+        redis = RedisServer(folder / "redis", free_port(), config=redis_config)
         postgres = PostgresServer(folder / "postgres", free_port(), database="gateway")
         with redis, postgres:
             environment = {
@@ -53,7 +55,7 @@ def own_servers(**variables: str) -> Iterator[Servers]:
 
 @contextmanager
 def gateway(command: str, servers: Servers) -> Iterator[int]:
-    """`python -m gateway <command>` as a process, ended at the end; its process id."""
+    """`python -m gateway <command>` as a process, ended at the end; its process id. It runs on the cores of its starter."""
     with (servers.folder / f"{command}.log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-m", "gateway", command], env=servers.environment, stderr=log)
         try:

@@ -1,0 +1,270 @@
+"""What a turn costs, beside the limit and beside what else could be used: `scripts/bench turns`.
+
+The server under test has one core to itself; the load, Redis, Postgres and the worker share the others. Each round measures
+every row, one after the other, on stores that are filled anew; the table has the medians of the rounds.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from statistics import median
+from time import monotonic
+from typing import Any, NamedTuple
+
+import asyncpg
+from bench_check import check
+from bench_load import Plan
+from bench_measure import (
+    FOLDER,
+    GATEWAY,
+    PRODUCTION,
+    STATELESS,
+    Result,
+    add_pauses,
+    load,
+    measure,
+    plan_for,
+    serve,
+    take_cores,
+)
+from bench_plot import plot
+from bench_results import Target, machine, print_targets, save
+from bench_seed import fill_gateway, fill_langgraph_dev, fill_peer
+from bench_servers import Servers, own_servers
+from redis.asyncio import Redis
+
+ROWS = {
+    "limit": "the limit: Starlette, LangGraph, no state",
+    "limit-tuned": "the limit, collector as the gateway's",
+    "message": "gateway /message",
+    "stream": "gateway /stream",
+    "first": "FastAPI, SQLAlchemy, one JSONB column",
+    "rows": "Starlette, asyncpg, a row per message",
+    "saver-exit": "AsyncPostgresSaver, durability exit",
+    "saver-async": "AsyncPostgresSaver, durability async",
+    "langgraph-dev": "langgraph dev, in memory",
+}
+SHARE = 0.8
+FEWER_THREADS = 640
+"""`langgraph dev` goes through all of its threads for each run: it is given fewer, with which it is faster."""
+MAX_PAUSE_MS = 20
+
+
+class RoundTrips(NamedTuple):
+    """How often a turn goes to Redis, and how many scripts it calls there."""
+
+    reads: float
+    calls: float
+
+
+class Counts(NamedTuple):
+    """How much a load was, and what Redis counted of it."""
+
+    turns: int
+    seconds: float
+    reads: int
+    calls: int
+
+
+async def measure_turns(options: argparse.Namespace) -> None:
+    """Prints the table, and writes it as JSON and as a plot into .bench."""
+    rows = options.rows.split(",") if options.rows else list(ROWS)
+    if unknown := set(rows) - set(ROWS):
+        sys.exit(f"bench: no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    histories = [int(one) for one in options.histories.split(",")]
+    cores = take_cores()
+    began = monotonic()
+    results: list[Result] = []
+    for number in range(options.rounds):
+        for history in histories:
+            for row in rows:
+                if row in STATELESS and history != histories[0]:
+                    continue
+                results.append(await _measure(row, history, options, cores))
+                print(f"round {number + 1}: {_line(results[-1])}", flush=True)
+    medians = _medians(results)
+    paced_rounds = [] if options.no_paced else await _paced(medians, options, cores)
+    paced = _medians(paced_rounds)
+    trips = await _round_trips(options, cores) if "message" in rows else None
+    found = machine()
+    print(f"\n{found}")
+    print("the server has a core to itself; medians of", f"{options.rounds} rounds of {options.seconds:g} s;", end=" ")
+    print(f"{options.sessions:,} sessions, {options.connections} connections")
+    print("\n".join(["", *HEAD, *map(_line, medians)]))
+    if paced:
+        print(f"\narriving at a fixed rate, {SHARE:.0%} of what the gateway can do at most:")
+        print("\n".join([*HEAD, *map(_line, paced)]))
+    if trips:
+        print(
+            f"\na turn with the worker stopped: {trips.reads:.2f} round trips to Redis, {trips.calls:.2f} calls of scripts"
+        )
+    goals = targets(medians, paced, trips)
+    print_targets(goals)
+    save(
+        "turns",
+        {"machine": found, "medians": medians, "paced": paced, "round_trips": trips, "targets": goals, "rounds": results},
+    )
+    bars: dict[str, list[tuple[str, float]]] = {}
+    for one in medians:
+        name = "no state" if one.row in STATELESS else f"{one.history} messages"
+        bars.setdefault(ROWS[one.row], []).append((name, one.turns_per_s))
+    (FOLDER / "turns.svg").write_text(
+        plot("Turns per second on one core, by stored messages", bars, [ROWS[row] for row in GATEWAY])
+    )
+    print(f"\nin .bench: turns.json, turns.svg; took {(monotonic() - began) / 60:.0f} min")
+
+
+async def _paced(medians: Sequence[Result], options: argparse.Namespace, cores: set[int]) -> list[Result]:
+    """The gateway and the limit under load that arrives at a fixed rate, in turn, for each history length."""
+    results = []
+    for number in range(options.rounds):
+        for one in medians:
+            if one.row != "message":
+                continue
+            for row in ("limit", "message"):
+                rate = one.turns_per_s * SHARE
+                results.append(await _measure(row, one.history, options, cores, rate))
+                print(f"round {number + 1}, {rate:,.0f} a second: {_line(results[-1])}", flush=True)
+    return results
+
+
+async def _measure(row: str, history: int, options: argparse.Namespace, cores: set[int], rate: float = 0) -> Result:
+    """One row, on stores of its own."""
+    with own_servers(**PRODUCTION) as servers:
+        await _assert_durable(servers)
+        if row in GATEWAY:
+            await fill_gateway(servers, options.sessions, history)
+        elif row not in STATELESS and row != "langgraph-dev":
+            await fill_peer(servers, row, options.sessions, history)
+        with serve(row, servers, cores) as serving:
+            sessions, threads = options.sessions, None
+            if row == "langgraph-dev":
+                sessions = min(sessions, FEWER_THREADS)
+                threads = await fill_langgraph_dev(serving.port, sessions, history)
+            plan = plan_for(serving, range(sessions), connections=options.connections, threads=threads)
+            await check(serving, plan, history)
+            await load(plan, options.warm_up)
+            measured = await measure(serving, plan, history, options.seconds, rate)
+        result, began, ended = measured
+        return add_pauses(result, servers, began, ended)
+
+
+async def _assert_durable(servers: Servers) -> None:
+    """That both stores keep what they have said yes to."""
+    client: Any = Redis.from_url(servers.redis.url, protocol=2, decode_responses=True)
+    connection = await asyncpg.connect(servers.postgres.url)
+    kept = {
+        **await client.config_get("append*"),
+        **{name: await connection.fetchval(f"SHOW {name}") for name in ("fsync", "synchronous_commit", "full_page_writes")},
+    }
+    await client.aclose()
+    await connection.close()
+    wanted = {
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "fsync": "on",
+        "synchronous_commit": "on",
+        "full_page_writes": "on",
+    }
+    if wrong := {name: kept[name] for name in wanted if kept[name] != wanted[name]}:
+        raise RuntimeError(f"not durable: {wrong}")
+
+
+async def _round_trips(options: argparse.Namespace, cores: set[int]) -> RoundTrips:
+    """Redis' own counts, worker stopped, of a slow load and of a faster one: what a pod does in the background it does by
+    the second, and not by the turn."""
+    with own_servers(**PRODUCTION) as servers:
+        await fill_gateway(servers, options.sessions, 50)
+        client: Any = Redis.from_url(servers.redis.url, protocol=2)
+        with serve("message", servers, cores, worker=False) as serving:
+            plan = plan_for(serving, range(options.sessions), connections=options.connections)
+            await load(plan, 1, 100)
+            slow, fast = [await _count(client, plan, rate) for rate in (50, 350)]
+        await client.aclose()
+    whole = slow.turns * fast.seconds - fast.turns * slow.seconds
+    return RoundTrips(
+        (slow.reads * fast.seconds - fast.reads * slow.seconds) / whole,
+        (slow.calls * fast.seconds - fast.calls * slow.seconds) / whole,
+    )
+
+
+async def _count(client: Any, plan: Plan, rate: float) -> Counts:
+    before, began = await _counted(client), monotonic()
+    measured = await load(plan, 3, rate)
+    after = await _counted(client)
+    return Counts(len(measured.latencies_ms), monotonic() - began, after[0] - before[0], after[1] - before[1])
+
+
+async def _counted(client: Any) -> tuple[int, int]:
+    """What Redis has read from clients so often, and the scripts that they have called."""
+    commands = await client.info("commandstats")
+    calls = sum(commands.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("evalsha", "eval", "fcall"))
+    return int((await client.info("stats"))["total_reads_processed"]), calls
+
+
+def _medians(results: Sequence[Result]) -> list[Result]:
+    """Of each row and history the medians of all rounds, and the longest pause of any."""
+    groups: dict[tuple[str, int], list[Result]] = {}
+    for one in results:
+        groups.setdefault((one.row, one.history), []).append(one)
+    medians = []
+    for (row, history), group in groups.items():
+        middle = {name: median(getattr(one, name) for one in group) for name in Result.__struct_fields__[2:]}
+        medians.append(Result(row, history, **{**middle, "pause_ms": max(one.pause_ms for one in group)}))
+    return medians
+
+
+HEAD = (
+    f"{'':<59}{'latency':^16}{'CPU ms per turn':^32}{'longest':>8}",
+    f"{'':<42}{'history':>8}{'turns/s':>9}{'p50 ms':>8}{'p99 ms':>8}{'server':>8}{'Redis':>7}{'Postgres':>9}{'worker':>8}"
+    f"{'gc ms':>8}",
+)
+
+
+def _line(one: Result) -> str:
+    history = "-" if one.row in STATELESS else str(one.history)
+    pause = "-" if one.row == "langgraph-dev" else f"{one.pause_ms:.1f}"
+    return (
+        f"{ROWS[one.row]:<42}{history:>8}{one.turns_per_s:>9,.0f}{one.p50_ms:>8.1f}{one.p99_ms:>8.1f}"
+        f"{one.server_ms:>8.2f}{one.redis_ms:>7.2f}{one.postgres_ms:>9.2f}{one.worker_ms:>8.2f}{pause:>8}"
+    )
+
+
+def targets(medians: Sequence[Result], paced: Sequence[Result], trips: RoundTrips | None) -> list[Target]:
+    """What the gateway has to reach, as far as what it is compared with was measured."""
+    by = {(one.row, one.history): one for one in medians}
+    found = []
+
+    def ratio(history: int, other: str, other_history: int, least: float) -> None:
+        ours, theirs = by.get(("message", history)), by.get((other, other_history))
+        if ours and theirs:
+            name = ROWS[other] if other != "message" else f"itself at {other_history}"
+            found.append(
+                Target.at_least(f"turns/s at history {history}, times {name}", ours.turns_per_s / theirs.turns_per_s, least)
+            )
+
+    limit_at = min((history for row, history in by if row == "limit"), default=0)
+    ratio(0, "limit", limit_at, 0.70)
+    ratio(50, "limit", limit_at, 0.60)
+    ratio(200, "limit", limit_at, 0.60)
+    ratio(200, "message", 50, 0.95)
+    ratio(50, "first", 50, 3)
+    ratio(200, "first", 200, 5)
+    ratio(50, "saver-exit", 50, 2)
+    ratio(50, "langgraph-dev", 50, 5)
+    limits = {one.history: one for one in paced if one.row == "limit"}
+    for one in paced:
+        if one.row == "message":
+            words = f"p99 at {SHARE:.0%} load, history {one.history}, ms (at most the limit's)"
+            found.append(Target.at_most(words, one.p99_ms, limits[one.history].p99_ms))
+    for one in medians:
+        if one.row == "message":
+            at = f"at history {one.history}"
+            found.append(Target.at_most(f"Redis {at}, ms CPU per turn", one.redis_ms, 0.15))
+            found.append(Target.at_most(f"Postgres {at}, ms CPU per turn", one.postgres_ms, 0.10))
+    pauses = [one.pause_ms for one in (*medians, *paced) if one.row in GATEWAY]
+    if pauses:
+        found.append(Target.at_most("longest pause of the collector, ms", max(pauses), MAX_PAUSE_MS))
+    if trips:
+        found.append(Target.at_most("round trips to Redis per turn", trips.reads, 2.02))
+    return found
