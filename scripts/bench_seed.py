@@ -117,7 +117,7 @@ async def fill_gateway(
         at = iso(begun.now_ms)
         said = [Message(str(uuid7()), "user", question, at), Message(str(uuid7()), "assistant", answer, at)]
         turn = Turn(turn_id, None, 2 * number - 1, said)
-        assert await stores.sessions.commit(template, turn_id, begun.fence, number, turn, policy)
+        assert await stores.sessions.commit(begun, turn, policy)
         # Turns leave the hash only once they are in Postgres.
         while await worker.flush_once():
             pass

@@ -125,7 +125,9 @@ CONTROLS = {
                 "persistence/scripts.py",
                 "            and reply[2] == nonce.encode()\n            and reply[1] == session_id.encode()\n",
                 "",
-            )
+            ),
+            Edit("persistence/scripts.py", '(fields and fields.get(b"session_id") != session_id.encode())', "False"),
+            Edit("persistence/sessions.py", 'if fields.get(b"turn") != turn_id.encode():', "if False:"),
         ],
         ("replies-planted",),
         {"foreign"},
