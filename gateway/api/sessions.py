@@ -195,7 +195,8 @@ class SessionsApi:
             raise AgentInactive
         if body.channel and body.channel not in definition.channels:
             raise ChannelNotAllowed(f"channel: {body.channel}", field="channel")
-        caller = Caller(request, body.metadata, body.user_token)
+        caller = Caller(request)
+        caller.add_body(body.metadata, body.user_token)
         self._gatekeeper.require_origin(caller, agent)
         if body.session_id is None:
             access = self._gatekeeper.newcomer(caller, agent)
