@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from gateway.logs import frames
 from gateway.problems import (
@@ -71,7 +71,7 @@ class ProblemDocument(msgspec.Struct, omit_defaults=True):
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A JSON answer."""
-    return Response(_encoder.encode(value), status, {**NO_STORE, **(headers or {})}, "application/json")
+    return Response(_encoder.encode(value), status, headers, "application/json")
 
 
 class EventStream(StreamingResponse):

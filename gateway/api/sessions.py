@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from gateway.agents import Agents
 from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator, load_agent
