@@ -87,9 +87,23 @@ class EventStream(StreamingResponse):
                 # Nothing will be sent that could show that the client has gone.
                 await Response(headers=dict(self.headers))(scope, receive, send)
             else:
-                await super().__call__(scope, receive, send)
+                await self._stream(receive, send)
         finally:
             self._on_end()
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        """Sends the events until their end or until the client has gone. Starlette does it with a task group, which costs a
+        short turn more than all its events."""
+        streaming = asyncio.ensure_future(self.stream_response(send))
+        gone = asyncio.ensure_future(self.listen_for_disconnect(receive))
+        try:
+            await asyncio.wait({streaming, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            gone.cancel()
+            streaming.cancel()
+            await asyncio.wait({streaming})
+        if not streaming.cancelled():
+            streaming.result()
 
 
 def event_stream(
