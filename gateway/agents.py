@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 
 import msgspec
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from gateway.auth import fingerprint
 from gateway.domains import check_allowed_domains
@@ -32,10 +32,10 @@ class Agents:
 
     async def load(self, reference: str) -> Agent:
         """The agent with this UUID or name. Raises AgentNotFound."""
-        _check_reference(reference)
         now = self._clock()
         known = self._known.get(reference)
         if known is None or now - known[0] > FRESH_S:
+            _check_reference(reference)
             known = (now, await self._look_up(reference))
             if len(self._known) >= REMEMBERED:
                 self._known.clear()

@@ -4,6 +4,7 @@ Nothing here knows of Redis or of other limits: `gateway/limits.py` does.
 """
 
 import asyncio
+from functools import lru_cache
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from math import ceil, floor
 from time import monotonic, time
@@ -114,6 +115,7 @@ class Bounds:
             self.day_ends_s += DAY_S
 
 
+@lru_cache(maxsize=4096)
 def network(address: str) -> str:
     """What one client has of addresses: an IPv4 address, or the /64 of an IPv6 address (RFC 6177: no site has less)."""
     try:

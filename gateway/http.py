@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import httptools
 import msgspec
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from gateway.api.rendering import encode_problem, problem_headers

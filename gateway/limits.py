@@ -30,6 +30,8 @@ from persistence.limits import DayTold, Learned, Limits, RateTold, RunningTold, 
 log = structlog.get_logger()
 
 Mode = Literal["enforce", "shadow", "off"]
+Claim = tuple[str, str, RateLimit]
+"""A limit by its name, the key of its bucket, and what it allows."""
 
 SYNC_S = 0.2
 LOG_S = 1.0
@@ -86,17 +88,15 @@ class Limiter:
     def charge_miss(self, ip_address: str) -> None:
         """Charges an address for asking for what is not there: Postgres had to be looked into. As often as it may talk."""
         if self.mode != "off" and self.address_limit is not None:
-            key = f"misses:{network(ip_address)}"
+            key = _of_address("misses", ip_address)
             self._charge(key, self._bucket(key, self.address_limit), monotonic())
 
     def _check(self, name: str, ip_address: str) -> None:
         if self.mode != "enforce" or self.address_limit is None:
             return
-        bucket = self._buckets.get(f"{name}:{network(ip_address)}")
+        bucket = self._buckets.get(_of_address(name, ip_address))
         if bucket is not None:
-            wait_s = bucket.wait_s(monotonic())
-            if wait_s > 1e-6:
-                self._refuse(name, _rate_limited(name, self.address_limit, wait_s))
+            self._has_room(name, bucket, self.address_limit, monotonic())
 
     async def meet(self, agent: Agent) -> None:
         """Learns of an agent's bounds what all pods have, if this pod has not been asked for it lately."""
@@ -116,9 +116,7 @@ class Limiter:
     def admit_turn(self, agent: Agent, ip_address: str, website_domain: str) -> "Admission":
         """Charges a turn to all its buckets. Raises a Problem, and then has charged none."""
         definition = agent.definition
-        claims: list[tuple[str, str, RateLimit]] = []
-        if self.address_limit is not None:
-            claims.append(("address", f"address:{network(ip_address)}", self.address_limit))
+        claims = self._claims_of(ip_address)
         if definition.domain_rate_limit is not None:
             claims.append(("domain", f"domain:{agent.id}:{_domain_name(website_domain)}", definition.domain_rate_limit))
         if definition.agent_rate_limit is not None:
@@ -127,12 +125,15 @@ class Limiter:
 
     def admit_open(self, ip_address: str) -> "Admission":
         """Charges the address for opening a session, which it may find. Raises RateLimited."""
-        claims = []
-        if self.address_limit is not None:
-            claims.append(("address", f"address:{network(ip_address)}", self.address_limit))
-        return self._admit(Admission(self, ip_address, None), claims)
+        return self._admit(Admission(self, ip_address, None), self._claims_of(ip_address))
 
-    def _admit(self, admission: "Admission", claims: list[tuple[str, str, RateLimit]]) -> "Admission":
+    def _claims_of(self, ip_address: str) -> list[Claim]:
+        """What any call is charged to: its address."""
+        if self.address_limit is None:
+            return []
+        return [("address", _of_address("address", ip_address), self.address_limit)]
+
+    def _admit(self, admission: "Admission", claims: list[Claim]) -> "Admission":
         if self.mode == "off":
             return admission
         now = monotonic()
@@ -140,10 +141,7 @@ class Limiter:
         charged = []
         for name, key, limit in claims:
             bucket = self._bucket(key, limit)
-            wait_s = bucket.wait_s(now)
-            if wait_s > 1e-6:
-                self._refuse(name, _rate_limited(name, limit, wait_s))
-            else:
+            if self._has_room(name, bucket, limit, now):
                 charged.append((name, key, bucket))
         if admission.agent is not None:
             self._check_quota(admission.agent, now)
@@ -156,6 +154,14 @@ class Limiter:
         if admission.agent is not None:
             admission.charge_day(now)
         return admission
+
+    def _has_room(self, name: str, bucket: Bucket, limit: RateLimit, now: float) -> bool:
+        """Whether a bucket has room for a turn. Raises RateLimited when it has none, unless that is only to be counted."""
+        wait_s = bucket.wait_s(now)
+        if wait_s > 1e-6:
+            self._refuse(name, _rate_limited(name, limit, wait_s))
+            return False
+        return True
 
     def _bucket(self, key: str, limit: RateLimit) -> Bucket:
         """The bucket of that name, remembered from now on."""
@@ -198,11 +204,9 @@ class Limiter:
         if self.mode == "off" or self.session_limit is None:
             return None
         now = monotonic()
-        key = f"sessions:{network(ip_address)}"
+        key = _of_address("sessions", ip_address)
         bucket = self._bucket(key, self.session_limit)
-        wait_s = bucket.wait_s(now)
-        if wait_s > 1e-6:
-            self._refuse("sessions", _rate_limited("sessions", self.session_limit, wait_s))
+        if not self._has_room("sessions", bucket, self.session_limit, now):
             return None
         self._charge(key, bucket, now)
         return key, bucket, now
@@ -482,6 +486,11 @@ _WHOSE = {
 
 def _rate_limited(name: str, limit: RateLimit, wait_s: float) -> RateLimited:
     return RateLimited(_WHOSE[name], retry_after_s=wait_s, headers=rate_headers([(name, limit, 0, wait_s)]))
+
+
+def _of_address(name: str, ip_address: str) -> str:
+    """The key of a bucket that a client address has."""
+    return f"{name}:{network(ip_address)}"
 
 
 def _domain_name(domain: str) -> str:

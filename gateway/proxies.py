@@ -5,6 +5,7 @@ believed is known; before it a client may have written anything. What is found h
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -65,6 +66,7 @@ def _last(scope: Scope, wanted: bytes) -> str:
     return values[-1].decode("latin-1").strip().lower() if values else ""
 
 
+@lru_cache(maxsize=4096)
 def _address(text: str) -> IPv4Address | IPv6Address | None:
     """An address, perhaps with a port; IPv4 in IPv6 as IPv4, without the name of an interface. None for all else."""
     if text.startswith("["):

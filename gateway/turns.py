@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
 
 import msgspec
 import structlog
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from gateway.metrics import Metrics
 from gateway.problems import (

@@ -1,5 +1,6 @@
 """The operator's graphs: how they are loaded, what a turn gives them and takes from them, and how bad ones end."""
 
+import copy
 import json
 import sys
 from collections.abc import Awaitable, Callable, Iterator
@@ -9,10 +10,11 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
 
 from gateway.app import Pod, Stores, build_pod
 from gateway.problems import AgentInactive, AgentNotFound, InvalidField, Problem
-from gateway.runtime import GraphError, Graphs, load_graphs
+from gateway.runtime import GraphError, Graphs, load_graphs, message_maker
 from gateway.settings import Settings
 from gateway.turns import GraphInput
 from persistence.agents import Agent, AgentDefinition
@@ -347,6 +349,35 @@ async def test_a_graph_is_given_as_many_messages_as_the_history_window_allows(
         await stores.client.delete(stores.keys.session(SESSION_ID))
     assert (await say(client, "Four")).json()["metadata"]["seen"] == seen
     assert len(await messages_of(client)) == 8
+
+
+KINDS = [HumanMessage, AIMessage, SystemMessage]
+
+
+def containers_of(message: BaseMessage) -> list[Any]:
+    """What of a message can be changed in place."""
+    parts = [*vars(message).values(), vars(message), message.model_fields_set]
+    return [part for part in parts if part is not None and not isinstance(part, (str, int, float, bool))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_messages_of_the_history_are_what_langchains_constructors_make(kind: type[BaseMessage]) -> None:
+    made, constructed = message_maker(kind)("Hello", "id 1"), kind(content="Hello", id="id 1")
+    assert type(made) is kind
+    assert made == constructed
+    assert repr(made) == repr(constructed)
+    assert vars(made) == vars(constructed)
+    assert made.model_dump_json(exclude_unset=True) == constructed.model_dump_json(exclude_unset=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_messages_share_nothing_that_a_graph_can_change(kind: type[BaseMessage]) -> None:
+    make = message_maker(kind)
+    one, other = make("Hello", "id 1"), make("Hello", "id 2")
+    assert containers_of(one)
+    assert not {id(part) for part in containers_of(one)} & {id(part) for part in containers_of(other)}
+    # Without containers of their own they would: pydantic's copy has those of its original.
+    assert {id(part) for part in containers_of(one)} & {id(part) for part in containers_of(copy.copy(one))}
 
 
 async def test_a_graph_on_plain_messages_state_answers_from_the_history(

@@ -42,23 +42,27 @@ UserToken = msgspec.Meta(max_length=4096, description="A JWT with which the agen
 class Caller:
     """What a request says of its sender. The domain of the Origin header goes before one in the body."""
 
-    def __init__(self, request: Request, metadata: dict[str, Any] | None = None, user_token: str | None = None) -> None:
+    def __init__(self, request: Request) -> None:
         self.request = request
         headers = request.headers
-        metadata = metadata or {}
         origins = headers.getlist("origin")
-        self.origin: Origin | None = None
-        if origins:
-            # A browser sends one.
-            self.origin = read_origin(origins[0] if len(origins) == 1 else "null")
-            self.website_domain = self.origin.domain
-        else:
-            self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
-        self.user_agent = (headers.get("user-agent") or _text(metadata, "user_agent", 10_000))[:MAX_USER_AGENT]
+        # A browser sends one.
+        self.origin: Origin | None = read_origin(origins[0] if len(origins) == 1 else "null") if origins else None
+        self.website_domain = self.origin.domain if self.origin else ""
+        self.user_agent = headers.get("user-agent", "")[:MAX_USER_AGENT]
         self.ip_address = address_of(request)
         self.token = bearer(headers.get("authorization", ""))
         # Two that differ are one too many: which of them is meant is not for us to guess.
-        self.user_tokens = {token for token in (user_token, headers.get("x-user-token")) if token is not None}
+        self.user_tokens = {headers["x-user-token"]} if "x-user-token" in headers else set()
+
+    def add_body(self, metadata: dict[str, Any], user_token: str | None) -> None:
+        """Adds what the body says of its sender, where the headers say nothing. Raises InvalidField."""
+        if self.origin is None:
+            self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
+        if not self.user_agent:
+            self.user_agent = _text(metadata, "user_agent", 10_000)[:MAX_USER_AGENT]
+        if user_token is not None:
+            self.user_tokens.add(user_token)
 
 
 def address_of(request: Request) -> str:
@@ -161,12 +165,13 @@ class Gatekeeper:
     def require_origin(self, caller: Caller, agent: Agent) -> None:
         """Raises DomainNotAllowed for a website that may not use the agent. Who sends no Origin is looked at later, when it
         is known which token would do instead."""
-        if (
-            caller.origin is not None
-            and not self.domains(agent).allow(caller.origin)
-            and not self._is_trusted(caller, agent)
-        ):
-            raise DomainNotAllowed(f"website domain: {caller.website_domain}")
+        if caller.origin is None:
+            return
+        try:
+            self._require_domain(caller, agent, False)
+        except DomainNotAllowed:
+            if not self._is_trusted(caller, agent):
+                raise
 
     def require_website(self, caller: Caller, agent: Agent) -> None:
         """Raises DomainNotAllowed for a website that may not use the agent, and for who does not say where from."""

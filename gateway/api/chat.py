@@ -199,14 +199,14 @@ class ChatApi:
         self, request: Request, check_session: Callable[[str], None] | None = None
     ) -> tuple[Agent, TurnRequest, Admission]:
         """The agent and the message of a request that may be answered, once it has been charged to its limits."""
-        agent, _ = await self._enter(request)
-        self._limiter.check_address(address_of(request))
+        agent, caller = await self._enter(request)
+        self._limiter.check_address(caller.ip_address)
         body = await read_body(request, self._decoder, self._bounds)
         self._check(body)
         key = _idempotency_key(request)
         if not agent.definition.active:
             raise AgentInactive
-        caller = Caller(request, body.metadata, body.user_token)
+        caller.add_body(body.metadata, body.user_token)
         access = self._gatekeeper.access(caller, agent, body.session_id, begins=True)
         turn = TurnRequest(
             session_id=body.session_id,

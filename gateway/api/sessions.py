@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from uuid_utils.compat import uuid7
+from uuid_utils import uuid7
 
 from gateway.agents import Agents
 from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator, load_agent
@@ -195,7 +195,8 @@ class SessionsApi:
             raise AgentInactive
         if body.channel and body.channel not in definition.channels:
             raise ChannelNotAllowed(f"channel: {body.channel}", field="channel")
-        caller = Caller(request, body.metadata, body.user_token)
+        caller = Caller(request)
+        caller.add_body(body.metadata, body.user_token)
         self._gatekeeper.require_origin(caller, agent)
         if body.session_id is None:
             access = self._gatekeeper.newcomer(caller, agent)

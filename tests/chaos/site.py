@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import subprocess
+from collections.abc import Awaitable
 from contextlib import AsyncExitStack
 from pathlib import Path
 from random import Random
@@ -219,14 +220,9 @@ class Site:
         """Records on the outbox, and those of them that a worker has taken and not acknowledged."""
         outbox = self.keys.outbox(0)
         records = int(await self.client.xlen(outbox))
-        try:
-            pending: Any = await self.client.xpending(outbox, GROUP)
-        except ResponseError as error:
-            # A Redis that may evict anything takes the outbox too: nothing is pending, and the stores tell what was lost.
-            if not str(error).startswith("NOGROUP"):
-                raise
-            return records, 0
-        return records, int(pending["pending"])
+        pending = await of_group(self.client.xpending(outbox, GROUP))
+        # Without its group nothing is pending; the stores tell what was lost.
+        return records, int(pending["pending"]) if pending is not None else 0
 
     def logged(self, event: str) -> int:
         """How often the workers and pods have logged an event."""
@@ -236,3 +232,14 @@ class Site:
                 if line.startswith("{") and json.loads(line).get("event") == event:
                     count += 1
         return count
+
+
+async def of_group(reply: Awaitable[Any]) -> Any:
+    """A reply about the outbox's group; None when the outbox, or its group, is gone: a Redis that may evict anything takes
+    the outbox too."""
+    try:
+        return await reply
+    except ResponseError as error:
+        if not str(error).startswith("NOGROUP"):
+            raise
+        return None
