@@ -48,11 +48,14 @@ end
 CLONE_AT_ONCE = 5000
 CLONE_ROWS = """
 SET session_replication_role = replica;
-INSERT INTO agent_sessions
-SELECT (jsonb_populate_record(template, jsonb_build_object(
-    'id', '01900000-0000-7000-8000-' || lpad(to_hex(number), 12, '0'),
-    'session_id', 'session_bench_' || lpad(number::text, 9, '0')
-))).*
+INSERT INTO agent_sessions (
+    id, session_id, agent_id, website_domain, ip_address, user_agent, channel, message_count, context_data, metadata, status,
+    started_at, last_activity_at, minted, turns, revision
+)
+SELECT
+    ('01900000-0000-7000-8000-' || lpad(to_hex(number), 12, '0'))::uuid, 'session_bench_' || lpad(number::text, 9, '0'),
+    agent_id, website_domain, ip_address, user_agent, channel, message_count, context_data, metadata, status, started_at,
+    last_activity_at, minted, turns, revision
 FROM agent_sessions AS template, generate_series(1, {sessions} - 1) AS number;
 INSERT INTO agent_messages (id, session_id, role, content, turn_id, turn, seq, created_at)
 SELECT
