@@ -1,6 +1,7 @@
 """Who may do what: session tokens, user tokens, site keys. Nothing here asks a store. The admin key is admin.py's."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
 from time import time
@@ -10,6 +11,8 @@ import jwt
 import msgspec
 
 ALGORITHM = "HS256"
+REMEMBERED = 8192
+"""Tokens that have been verified: their signature is not computed again, only their end is looked at."""
 MAX_TOKEN = 4096
 """Characters. No token that is given out here, or by a site, comes near it."""
 MAX_USER_TOKEN_S = 24 * 3600
@@ -45,6 +48,8 @@ class SessionTokens:
         self._keys = {sha256(b"session token key\0" + key.encode()).hexdigest()[:8]: key for key in reversed(keys)}
         self._ttl_s = ttl_s
         self._kid, self._key = list(self._keys.items())[-1]
+        # A visitor sends the same token with each message. What is no good is not remembered: it would push out what is.
+        self._read = lru_cache(maxsize=REMEMBERED)(self._read_signed)
 
     def mint(self, token: SessionToken) -> str:
         claims: dict[str, Any] = {
@@ -59,16 +64,21 @@ class SessionTokens:
 
     def verify(self, text: str) -> SessionToken | None:
         """What a token says, or None when it is not good (any more)."""
-        kid = _key_name(text)
-        keys = list(self._keys.values()) if kid is None else [key for name, key in self._keys.items() if name == kid]
         try:
-            claims = _claims(text, keys, ("sid", "aid", "dom", "exp"))
+            token, expires_at = self._read(text)
         except ValueError:
             return None
+        return token if expires_at > time() else None
+
+    def _read_signed(self, text: str) -> tuple[SessionToken, int]:
+        """What a token says and when it ends. Raises ValueError when it is not good."""
+        kid = _key_name(text)
+        keys = list(self._keys.values()) if kid is None else [key for name, key in self._keys.items() if name == kid]
+        claims = _claims(text, keys, ("sid", "aid", "dom", "exp"))
         uid = claims.get("uid", "")
         if not all(isinstance(value, str) for value in (claims["sid"], claims["aid"], claims["dom"], uid)):
-            return None
-        return SessionToken(claims["sid"], claims["aid"], claims["dom"], uid)
+            raise ValueError("its claims are wrong")
+        return SessionToken(claims["sid"], claims["aid"], claims["dom"], uid), int(claims["exp"])
 
 
 def read_user_token(text: str, site_keys: Sequence[str]) -> str:

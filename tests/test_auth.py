@@ -29,6 +29,15 @@ def test_a_token_of_the_previous_key_is_good_and_new_ones_are_signed_with_the_ne
     assert new.verify(old.mint(TOKEN)) is None
 
 
+def test_a_token_that_was_good_is_not_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its signature is not computed again, but its end is looked at each time."""
+    tokens = SessionTokens([KEY], 60)
+    text = tokens.mint(TOKEN)
+    assert tokens.verify(text) == TOKEN
+    monkeypatch.setattr("gateway.auth.time", lambda: time() + 61)
+    assert tokens.verify(text) is None
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -124,7 +124,9 @@ async def test_a_dead_letter_that_is_put_back_uncounted_is_noticed(redis_server:
     """Control of the test above."""
     async with redis_layer(redis_server.url, checked=False) as layer:
         await REMOVALS["dead_letter"](layer, await two_sessions(layer))
-        rewrite(layer.scripts, "retry_dead", lambda text: text.replace("'INCRBY', bytes_key, bytes", "'INCRBY', bytes_key, 0"))
+        rewrite(
+            layer.scripts, "retry_dead", lambda text: text.replace("'INCRBY', bytes_key, bytes", "'INCRBY', bytes_key, 0")
+        )
         await retry(layer)
         assert await breaches(layer.client, layer.keys)
 

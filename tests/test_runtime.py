@@ -2,15 +2,18 @@
 
 import copy
 import json
+import operator
 import sys
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import httpx
 import msgspec
 import pytest
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage, SystemMessage
+from langgraph.graph import StateGraph
+from langgraph.graph.message import add_messages
 
 from gateway.app import Pod, Stores, build_pod
 from gateway.problems import AgentInactive, AgentNotFound, InvalidField, Problem
@@ -18,6 +21,7 @@ from gateway.runtime import GraphError, Graphs, load_graphs, message_maker
 from gateway.settings import Settings
 from gateway.turns import GraphInput
 from persistence.agents import Agent, AgentDefinition
+from persistence.records import Message
 from tests.conftest import PutAgent
 from tests.support.pods import environment_of, fields_of, gateway_process, plain_logs
 from tests.support.serving import ROOT, GatewayProcess
@@ -356,7 +360,7 @@ KINDS = [HumanMessage, AIMessage, SystemMessage]
 
 def containers_of(message: BaseMessage) -> list[Any]:
     """What of a message can be changed in place."""
-    parts = [*vars(message).values(), vars(message), message.model_fields_set]
+    parts = [*vars(message).values(), vars(message), message.model_fields_set, message.__pydantic_extra__]
     return [part for part in parts if part is not None and not isinstance(part, (str, int, float, bool))]
 
 
@@ -378,6 +382,28 @@ def test_two_messages_share_nothing_that_a_graph_can_change(kind: type[BaseMessa
     assert not {id(part) for part in containers_of(one)} & {id(part) for part in containers_of(other)}
     # Without containers of their own they would: pydantic's copy has those of its original.
     assert {id(part) for part in containers_of(one)} & {id(part) for part in containers_of(copy.copy(one))}
+
+
+@pytest.mark.parametrize("reducer", [add_messages, operator.add], ids=["LangGraph's", "its own"])
+async def test_a_graph_is_given_the_same_messages_whatever_puts_them_together(reducer: Callable[..., Any]) -> None:
+    given: list[Any] = []
+
+    def answer(state: dict[str, Any]) -> dict[str, Any]:
+        given.extend(state["messages"])
+        return {"messages": [AIMessage("It is on its way.", id="answer")]}
+
+    class State(TypedDict):
+        messages: Annotated[list[Any], reducer]
+
+    builder = StateGraph(State)
+    builder.add_node("answer", answer)
+    builder.set_entry_point("answer")
+    graphs = Graphs({"helper": builder.compile()})
+    past = [Message("id 1", "user", "Hello", ""), Message("id 2", "assistant", "Hi", "")]
+    graph_input = GraphInput(past, "Where is it?", "id 3", {}, {}, "session_of_a_test", "text")
+    output = await graphs.run(Agent("id", "helper", AgentDefinition(graph="helper")), graph_input)
+    assert given == [HumanMessage("Hello", id="id 1"), AIMessage("Hi", id="id 2"), HumanMessage("Where is it?", id="id 3")]
+    assert output.response == "It is on its way."
 
 
 async def test_a_graph_on_plain_messages_state_answers_from_the_history(
