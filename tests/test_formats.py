@@ -1,7 +1,7 @@
 """What the version before has stored is read by this one, and what the next one may add does not disturb it.
 
-`data/formats/<number>` is what a real pod and worker left in Redis, one file per kind of key; those of format 2 are what it
-has otherwise than format 1. These samples are never made anew: a later version reads these very files.
+`data/formats/1` is what a real pod and worker left in Redis, one file per kind of key; `data/formats/2` has the same records
+as format 2 has them. These samples are never made anew: a later version reads these very files.
 """
 
 import json
