@@ -10,6 +10,7 @@ it knows the slots.
 import asyncio
 import random
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,22 +54,27 @@ class HeldLines:
             hiredis.pack_command(tuple(command))  # type: ignore[arg-type]  # its stub says one, and means any number
             for command in commands
         )
-        deadline = asyncio.get_running_loop().time() + timeout_s
+        now = asyncio.get_running_loop().time
+        deadline = now() + timeout_s
         with translated():
-            async with self._free:
+            # Behind a Redis that hangs many may wait, and none longer than its time.
+            async with asyncio.timeout_at(deadline) if self._free.locked() else nullcontext():
+                await self._free.acquire()
+            try:
                 attempt = 0
                 while True:
-                    left_s = deadline - asyncio.get_running_loop().time()
                     try:
-                        async with asyncio.timeout(min(left_s, REPLY_TIMEOUT_S)):
+                        async with asyncio.timeout(min(deadline - now(), REPLY_TIMEOUT_S)):
                             return await self._exchange(packed, len(commands))
                     except (Disconnected, TimedOut, OSError):
                         # OSError: a TimeoutError too. Every script may be repeated: it checks an id.
                         attempt += 1
                         pause_s = random.uniform(0, min(0.02 * 2**attempt, 0.2))  # noqa: S311
-                        if attempt > RETRIES or pause_s >= left_s:
+                        if attempt > RETRIES or now() + pause_s >= deadline:
                             raise
                     await asyncio.sleep(pause_s)
+            finally:
+                self._free.release()
 
     async def _exchange(self, packed: bytes, count: int) -> list[Any]:
         line = self._idle.pop() if self._idle else await self._pool.get_connection()  # type: ignore[no-untyped-call]

@@ -397,14 +397,21 @@ async def test_a_stalled_server_fails_many_calls_at_once_within_two_seconds(redi
     assert tells(await read(layer, session_id)) == session_id
 
 
-async def test_a_call_is_bounded_at_whatever_moment_its_time_is_over(redis_server: RedisServer, layer: Layer) -> None:
+@pytest.mark.parametrize("way", ["a command", "a script"])
+async def test_a_call_is_bounded_at_whatever_moment_its_time_is_over(
+    redis_server: RedisServer, layer: Layer, way: str
+) -> None:
     """In Python 3.11, asyncio.wait_for, with which redis-py sends, loses a cancellation that meets its end."""
     redis_server.pause()
     late = []
     try:
         for steps in range(20):
             client = connect(redis_server.url)
-            task = asyncio.create_task(call(partial(client.execute_command, "PING"), 60))
+            task: asyncio.Task[Any] = asyncio.create_task(
+                call(partial(client.execute_command, "PING"), 60)
+                if way == "a command"
+                else Scripts(client).command("GET", layer.keys.meta, timeout_s=60)
+            )
             for _ in range(steps):
                 await asyncio.sleep(0)
             task.cancel()  # as the end of its time does
