@@ -17,11 +17,14 @@ from typing import Any, Protocol
 import hiredis
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.connection import AbstractConnection
+from redis.exceptions import ClusterDownError, ResponseError
 from redis.exceptions import ConnectionError as Disconnected
-from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as TimedOut
 
 from persistence.connection import REPLY_TIMEOUT_S, RETRIES, Client, call, translated
+
+BROKEN = (Disconnected, TimedOut, ClusterDownError, OSError)
+"""What may pass when it is tried again. asyncio's TimeoutError is an OSError."""
 
 Argument = str | bytes | int | float
 Command = Sequence[Argument]
@@ -34,6 +37,11 @@ class Lines(Protocol):
         """The replies, errors among them as ResponseError. What was asked may have been done more than once. Raises
         RedisUnavailable."""
         ...
+
+
+def _pause_s(attempt: int) -> float:
+    """Before the next attempt: longer each time, and not the same for all who failed together."""
+    return random.uniform(0, min(0.02 * 2**attempt, 0.2))  # noqa: S311
 
 
 def lines(client: Client, *, concurrency: int) -> Lines:
@@ -63,13 +71,15 @@ class HeldLines:
             try:
                 attempt = 0
                 while True:
+                    if now() >= deadline:
+                        raise TimeoutError("no connection was free in time")
                     try:
                         async with asyncio.timeout(min(deadline - now(), REPLY_TIMEOUT_S)):
                             return await self._exchange(packed, len(commands))
-                    except (Disconnected, TimedOut, OSError):
-                        # OSError: a TimeoutError too. Every script may be repeated: it checks an id.
+                    except BROKEN:
+                        # Every script may be repeated: it checks an id.
                         attempt += 1
-                        pause_s = random.uniform(0, min(0.02 * 2**attempt, 0.2))  # noqa: S311
+                        pause_s = _pause_s(attempt)
                         if attempt > RETRIES or now() + pause_s >= deadline:
                             raise
                     await asyncio.sleep(pause_s)
@@ -82,7 +92,7 @@ class HeldLines:
         line.socket_timeout = None
         read_all = False
         try:
-            if line.is_connected and await line.can_read():
+            if line.is_connected and (await line.can_read() or self._is_astray(line)):
                 await line.disconnect(nowait=True)
             if not line.is_connected:
                 # Not left to the sending: it would not ask Sentinel again who the master is.
@@ -100,6 +110,11 @@ class HeldLines:
             if not read_all:
                 await line.disconnect(nowait=True)
             self._idle.append(line)
+
+    def _is_astray(self, line: AbstractConnection) -> bool:
+        """Whether Sentinel has named another master since: the pool closes what is idle then, and takes these for used."""
+        master = getattr(self._pool, "master_address", None)
+        return master is not None and (getattr(line, "host", None), getattr(line, "port", None)) != tuple(master)
 
 
 class ClusterLines:
@@ -119,7 +134,17 @@ class ClusterLines:
                     return [await self._client.execute_command(*commands[0])]
                 except ResponseError as error:
                     return [error]
-            pipeline = self._client.pipeline()
-            for command in commands:
-                pipeline.execute_command(*command)
-            return list(await pipeline.execute(raise_on_error=False))
+            attempt = 0
+            while True:
+                pipeline = self._client.pipeline()
+                for command in commands:
+                    pipeline.execute_command(*command)
+                replies = list(await pipeline.execute(raise_on_error=False))
+                # Of a pipeline, redis-py gives a connection that broke back as if it were a reply.
+                broken = next((reply for reply in replies if isinstance(reply, BROKEN)), None)
+                if broken is None:
+                    return replies
+                attempt += 1
+                if attempt > RETRIES:
+                    raise broken
+                await asyncio.sleep(_pause_s(attempt))

@@ -85,6 +85,8 @@ class Scripts:
         The hash's echo is its session_id. It is read a moment later: who needs what the script wrote looks for it.
         """
         reply, fields = await self._run(name, session_id, keys, arguments, timeout_s, ("HGETALL", keys[0]))
+        if isinstance(fields, ResponseError):
+            raise refusal(fields) from fields
         if isinstance(fields, list):  # the client of a cluster makes a dict of it
             fields = dict(zip(fields[::2], fields[1::2], strict=False))
         if not isinstance(fields, dict) or (fields and fields.get(b"session_id") != session_id.encode()):

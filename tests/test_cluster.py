@@ -214,6 +214,17 @@ async def test_a_poison_record_is_set_aside_and_delays_nobody(
     assert await worker.drain(20)
 
 
+async def test_a_connection_that_breaks_is_no_foreign_reply(layer: Layer, cluster: servers.RedisCluster) -> None:
+    """Of two commands in one go, redis-py gives the break back as if it were a reply."""
+    session_id = (await layer.open()).session_id
+    for _ in range(3):
+        for server in cluster.servers:
+            async with Redis(port=server.port) as node:
+                await node.client_kill_filter(_type="normal", skipme=True)
+        await layer.chat(session_id)
+    assert layer.scripts.foreign_replies == 0
+
+
 @pytest.mark.parametrize("field", ["session_id", "fact", "session", "turn"])
 @pytest.mark.parametrize("value", [None, b"\xff\xfe"])
 async def test_a_record_that_cannot_be_read_is_set_aside_too(

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 from gateway import servers
 from gateway.servers import RedisServer, free_port
 from persistence.connection import _options, call, connect
-from persistence.errors import CommandRefused, ForeignReply, RedisUnavailable
+from persistence.errors import CommandRefused, ForeignReply, PersistenceError, RedisUnavailable
 from persistence.keys import Keys
 from persistence.lines import HeldLines
 from persistence.records import Session
@@ -467,6 +467,18 @@ async def test_a_server_that_is_not_there_fails_the_call_within_two_seconds() ->
         await SessionStore(Scripts(client), Keys("gw", 1)).begin(new_id(), "a", ACCESS, POLICY)
     assert monotonic() - started < 2.5
     await client.aclose()
+
+
+async def test_an_error_of_the_read_behind_a_script_is_called_what_it_is(redis_server: RedisServer, layer: Layer) -> None:
+    session_id = (await layer.open()).session_id
+    await layer.client.execute_command("ACL", "SETUSER", "default", "-hgetall")
+    try:
+        with pytest.raises(PersistenceError, match="hgetall") as caught:
+            await layer.begin(session_id)
+    finally:
+        await layer.client.execute_command("ACL", "SETUSER", "default", "+hgetall")
+    assert not isinstance(caught.value, ForeignReply)
+    assert layer.scripts.foreign_replies == 0
 
 
 async def test_more_calls_than_connections_wait_for_each_other(layer: Layer) -> None:

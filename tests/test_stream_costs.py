@@ -113,22 +113,17 @@ async def test_with_every_check_on_a_turn_is_two_round_trips(
         path = "/api/chat/strict/message"
         assert (await pod.client.post(path, json=body, headers=headers)).status_code == 200
         asked: list[str] = []
-        run, command = pod.stores.scripts.run, pod.stores.scripts.command
+        run = pod.stores.scripts._run
 
         async def counted_run(name: str, *arguments: Any, **named: Any) -> Any:
             asked.append(name)
             return await run(name, *arguments, **named)
 
-        async def counted_command(*arguments: Any, **named: Any) -> Any:
-            asked.append(str(arguments[0]))
-            return await command(*arguments, **named)
-
-        pod.stores.scripts.run = counted_run  # type: ignore[method-assign]
-        pod.stores.scripts.command = counted_command  # type: ignore[method-assign]
+        pod.stores.scripts._run = counted_run  # type: ignore[method-assign]
         answer = await pod.client.post(path, json=body, headers=headers)
         assert (answer.status_code, answer.json()["metadata"]["message_count"]) == (200, 4)
         # An agent is looked up again every two seconds, and limits are told five times a second.
-        assert [name for name in asked if name not in ("limit", "HGETALL")] == ["begin", "commit"]
+        assert [name for name in asked if name not in ("limit", "command")] == ["begin", "commit"]
 
 
 async def test_control_without_coalescing_every_token_is_a_write(pod: SpokenPod, monkeypatch: pytest.MonkeyPatch) -> None:
