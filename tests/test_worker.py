@@ -1,6 +1,7 @@
 """The write-behind worker: exactly once, in any order, around poison, and through the death of a worker at any step."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -145,7 +146,7 @@ async def is_flushed(stores: Stores) -> bool:
 async def test_workers_that_flush_the_same_records_at_once_wait_for_each_other_in_one_order(
     stores: Stores, second: Stores, rows: Rows, guarded: bool
 ) -> None:
-    """Control: without the order they soon wait for each other in a circle."""
+    """Control: without the order they soon wait for each other in a circle, or for a place that the other then takes."""
     if not guarded:
         for own in (stores, second):
             statement = own.postgres._statements["flush"]
@@ -161,7 +162,7 @@ async def test_workers_that_flush_the_same_records_at_once_wait_for_each_other_i
         )
         met = any(outcomes)
         if met:
-            assert "deadlock" in str([outcome for outcome in outcomes if outcome]).lower()
+            assert re.search("deadlock|unique", str([outcome for outcome in outcomes if outcome]), re.IGNORECASE)
             break
         await rows("TRUNCATE agent_sessions CASCADE")
     assert met != guarded

@@ -21,7 +21,8 @@ def complaints(found: dict[str, Any]) -> list[str]:
 
 async def check(visit: Visit) -> None:
     """No violations, best practices included."""
-    assert complaints((await Axe().run(visit.page)).response) == []
+    found = complaints((await Axe().run(visit.page)).response)
+    assert not found, "\n".join(found)
 
 
 async def _looks(visit: Visit) -> AsyncIterator[str]:
