@@ -132,7 +132,7 @@ async def reads_out_once(visit: Visit, spoken: Spoken) -> None:
       const live = (node) => {
         const element = node.nodeType === 1 ? node : node.parentElement;
         const one = element?.closest('[aria-live], [role=log], [role=status], [role=alert]');
-        if (!one || one.closest('[aria-busy=true]')) return null;
+        if (!one) return null;
         const says = one.getAttribute('aria-live') ?? (one.getAttribute('role') === 'alert' ? 'assertive' : 'polite');
         return says === 'off' ? null : one;
       };
