@@ -23,7 +23,8 @@ async def check(visit: Visit) -> None:
     """No violations, best practices included."""
     # What is still fading in has not the colours yet that it will have.
     await visit.page.wait_for_function(
-        "document.getAnimations().every((one) => one.playState !== 'running' || one.effect.getTiming().iterations === Infinity)"
+        "document.getAnimations().every("
+        "(one) => one.playState !== 'running' || one.effect.getTiming().iterations === Infinity)"
     )
     found = complaints((await Axe().run(visit.page)).response)
     assert not found, "\n".join(found)
