@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
-from uuid import UUID
 
 import msgspec
 
@@ -185,6 +184,11 @@ def decode_turn(raw: bytes | None, where: str, field: str) -> Turn:
         raise Damaged(where, field, unreadable(error)) from error
 
 
+def decode_turns(raw: Sequence[bytes | None], first: int, where: str) -> list[Turn]:
+    """Turns of a session from their stored JSON, the first numbered `first`. Raises Damaged, naming the field."""
+    return [decode_turn(turn, where, f"t:{first + i}") for i, turn in enumerate(raw)]
+
+
 def unreadable(error: Exception) -> str:
     """Why a stored value could not be read, in words that hold nothing of it: what is damaged may be anybody's text."""
     return f"cannot be read: {type(error).__name__}"
@@ -290,7 +294,7 @@ def decode_hash(fields: Mapping[bytes, bytes], hot_turns: int, where: str) -> tu
     if b"unflushed" not in fields:
         raise Damaged(where, "unflushed", "is missing")
     first = max(numbers["first_hot"], session.turns - hot_turns + 1)
-    return session, first, [decode_turn(fields.get(b"t:%d" % n), where, f"t:{n}") for n in range(first, session.turns + 1)]
+    return session, first, decode_turns([fields.get(b"t:%d" % n) for n in range(first, session.turns + 1)], first, where)
 
 
 def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
@@ -305,7 +309,7 @@ def decode_record(entry: bytes, fields: Sequence[bytes]) -> Record:
     try:
         name = b"fact"
         fact = by_name[name].decode()
-        if _FACT.fullmatch(fact) is None:
+        if not is_fact(fact):
             raise Damaged(_outbox_entry(entry), "fact", "is no fact")
         name = b"turn"
         turn_json = by_name[name]
@@ -348,25 +352,7 @@ def _decode_record_1(entry: bytes, by_name: Mapping[bytes, bytes]) -> Record:
     session = decode_session([by_name[name.encode()] for name in HEADER], where)
     if not session.session_id:
         raise Damaged(where, "session_id", "is empty")
-    checks: tuple[tuple[str, Callable[[str], object]], ...] = (
-        ("id", UUID),
-        ("agent_id", UUID),
-        ("started_at", moment),
-        ("last_activity_at", moment),
-        ("ended_at", moment),
-    )
-    for name, check in checks:
-        value = getattr(session, name)
-        # What is erased needs no more than its id: also a session that lost its agent can be erased.
-        if (name == "ended_at" or (name == "agent_id" and session.status == "erased")) and not value:
-            continue
-        try:
-            check(value)
-        except ValueError as error:
-            raise Damaged(where, name, unreadable(error)) from error
-    turn = None
-    if fact.startswith("t:"):
-        turn = decode_turn(turn_json, where, "turn")
+    turn = decode_turn(turn_json, where, "turn") if fact.startswith("t:") else None
     return Record(entry.decode(), fact, session, turn, _bytes(by_name))
 
 

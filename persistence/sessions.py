@@ -19,6 +19,7 @@ from persistence.records import (
     decode_hash,
     decode_session,
     decode_turn,
+    decode_turns,
     encode_object,
     encode_session,
     encode_turn,
@@ -363,7 +364,7 @@ class SessionStore:
         match reply:
             case ["read", ttl_ms, first_hot, flushed, running, fence, first, header, turns]:
                 where = f"session {masked(session_id)}"
-                decoded = _turns(turns, first, where)
+                decoded = decode_turns(turns, first, where)
                 return Hot(
                     decode_session(header, where),
                     ttl_ms,
@@ -470,7 +471,3 @@ def access_arguments(access: Access) -> dict[str, str | int]:
         "user_id": access.user_id,
         "trusted": int(access.trusted),
     }
-
-
-def _turns(raw: list[bytes | None], first: int, where: str) -> list[Turn]:
-    return [decode_turn(turn, where, f"t:{first + i}") for i, turn in enumerate(raw)]

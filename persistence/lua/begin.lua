@@ -1,5 +1,6 @@
 #!lua
--- Begins a turn: checks everything that can refuse it, and takes the session's lease under a new fence. Repeating it with the same turn_id begins nothing twice.
+-- Begins a turn: checks everything that can refuse it, and takes the session's lease under a new fence. Repeating it with
+-- the same turn_id begins nothing twice.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
 -- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0),

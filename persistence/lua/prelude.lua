@@ -14,14 +14,14 @@ local STATE = {
   'waiting', 'rate_tat_ms',
 }
 
--- HEADER, then STATE.
-local FIELDS = {
-  'format', 'id', 'session_id', 'agent_id', 'channel', 'status', 'user_id', 'website_domain', 'ip_address',
-  'user_agent', 'started_at', 'last_activity_at', 'ended_at', 'message_count', 'context', 'metadata', 'minted',
-  'turns', 'revision',
-  'first_hot', 'flushed', 'unflushed', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id',
-  'waiting', 'rate_tat_ms',
-}
+-- The names of all fields: HEADER, then STATE. Made when it is asked for: most scripts that are run often never do.
+local function all_fields()
+  local names = {}
+  for _, part in ipairs({HEADER, STATE}) do
+    for _, name in ipairs(part) do names[#names + 1] = name end
+  end
+  return names
+end
 
 -- ARGV as name, value, name, value ... becomes a table.
 local function named(argv)
@@ -72,10 +72,11 @@ end
 
 -- The session's fields by name, or nil when there is no such session.
 local function load(key)
-  local values = redis.call('HMGET', key, unpack(FIELDS))
+  local names = all_fields()
+  local values = redis.call('HMGET', key, unpack(names))
   if not values[1] and redis.call('EXISTS', key) == 0 then return nil end
   local session = {key = key}
-  for i = 1, #FIELDS do session[FIELDS[i]] = values[i] end
+  for i, name in ipairs(names) do session[name] = values[i] end
   return session
 end
 
@@ -118,8 +119,8 @@ local function damage(session)
   for _, name in ipairs({'message_count', 'revision', 'flushed'}) do
     if not whole(session[name]) then return name end
   end
-  for i = 1, #FIELDS do
-    if not session[FIELDS[i]] then return FIELDS[i] end
+  for _, name in ipairs(all_fields()) do
+    if not session[name] then return name end
   end
   local uuid = '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$'
   if not string.match(session.id, uuid) then return 'id' end
