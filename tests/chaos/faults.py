@@ -20,11 +20,13 @@ from tests.chaos.visitors import Visitors
 @dataclass
 class Window:
     """The time of one fault, or of several at once. `victims` are the sessions it hits by its nature; `mended_at` is when
-    the part that was harmed was there again; `ended_at` when everything was calm again."""
+    the part that was harmed was there again; `calm_at` when nobody can meet the fault any more, `ended_at` when all who have
+    met it have been answered."""
 
     names: tuple[str, ...]
     began_at: float
     mended_at: float = 0.0
+    calm_at: float = 0.0
     ended_at: float = 0.0
     victims: set[str] = field(default_factory=set)
 
@@ -49,6 +51,9 @@ class Harm:
     async def wait(self, least_s: float, most_s: float) -> None:
         await asyncio.sleep(self.chance.uniform(least_s, most_s))
 
+
+LATE_S = 10.0
+"""How long the next fault waits for those who are still not answered when all should be calm."""
 
 Fault = Callable[[Harm], Awaitable[None]]
 
@@ -331,9 +336,11 @@ async def inject(names: tuple[str, ...], site: Site, visitors: Visitors, ledger:
     window.mended_at = monotonic()
     await site.healthy()
     # Whoever was refused asks again and is answered before the next fault comes, which may hit the same session.
-    calm_at = window.mended_at + 2
+    window.calm_at = max(monotonic(), window.mended_at + 2)
     if "pod-killed" in names:
-        calm_at = max(calm_at, window.began_at + site.options.lease_s + 2)
-    await asyncio.sleep(calm_at - monotonic())
+        window.calm_at = max(window.calm_at, window.began_at + site.options.lease_s + 2)
+    await asyncio.sleep(window.calm_at - monotonic())
+    while ledger.is_awaited(window.calm_at) and monotonic() < window.calm_at + LATE_S:
+        await asyncio.sleep(0.1)
     window.ended_at = monotonic()
     return window

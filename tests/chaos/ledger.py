@@ -32,6 +32,20 @@ class Message:
         return f"m{self.number}"
 
 
+@dataclass(frozen=True)
+class DiskStall:
+    """Redis could not answer for `took_s` seconds, for it waited for its disk. It noted so within the second from `second`
+    on, of the monotonic clock."""
+
+    second: float
+    took_s: float
+
+    def within(self, since: float, until: float) -> float:
+        """The seconds of it that may lie in a time."""
+        overlap_s = min(until, self.second + 1) - max(since, self.second - self.took_s)
+        return min(self.took_s, max(0.0, overlap_s))
+
+
 @dataclass
 class Conversation:
     """One session: its own secret is in each of its messages. `minted` ones have a token."""
@@ -48,6 +62,17 @@ class Conversation:
 
     def answered(self) -> list[Message]:
         return [message for message in self.messages if message.answer is not None]
+
+    def waits(self) -> list[list[Message]]:
+        """Each message that was answered, behind those before it that the visitor gave up: together they are one wait."""
+        waits: list[list[Message]] = []
+        over = True
+        for message in self.messages:
+            if over:
+                waits.append([])
+            waits[-1].append(message)
+            over = message.answer is not None
+        return waits
 
     def known(self) -> bool:
         """Whether the gateway has answered that it has this session."""
@@ -73,6 +98,7 @@ class Ledger:
         self.resumed = 0
         self.repeated = 0
         self.looks = 0
+        self.disk_stalls: dict[tuple[str, int], DiskStall] = {}
 
     def on_pod(self, pod: int, now: float) -> set[str]:
         """The sessions with a message at a pod: in flight, or one whose asker went away lately without an answer."""
@@ -83,6 +109,10 @@ class Ledger:
                     if any(where == pod and now - when < LEFT_BEHIND_S for when, _, where in message.failures):
                         found.add(conversation.session_id)
         return found
+
+    def is_awaited(self, since: float) -> bool:
+        """Whether somebody waits for an answer, and has done so from before that time on, with one message or several."""
+        return any(conversation.waits()[-1][0].sent_at < since for conversation, _ in self.in_flight.values())
 
     def messages(self) -> list[tuple[Conversation, Message]]:
         return [(conversation, message) for conversation in self.conversations for message in conversation.messages]

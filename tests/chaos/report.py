@@ -52,6 +52,9 @@ def _lines(outcome: Outcome) -> Iterator[str]:
         f"{outcome.foreign_replies} replies of Redis found not to belong to their call"
     )
     yield f"{outcome.restarts} processes ended by themselves while they started, and were started again"
+    stalls_s = [stall.took_s for stall in ledger.disk_stalls.values()]
+    if stalls_s:
+        yield f"{len(stalls_s)} times Redis waited for its disk, {max(stalls_s):.1f} s at most: no wait above counts that"
     yield f"drained in {outcome.drain_s:.1f} s; {ledger.looks} looks at the TTLs and the counter of the outbox on the way"
     yield ""
     for name, found in vars(outcome.verdict).items():

@@ -27,6 +27,8 @@ from tests.support.serving import ADMIN, ROOT, GatewayProcess, wait_for
 GRAPHS = Path(__file__).parent / "graphs" / "langgraph.json"
 AGENTS: dict[str, int] = {"usual": 1800, "brief": 1}
 """The agents by name, and how long their sessions stay in Redis after their last turn, in seconds."""
+STALL_MS = "250"
+"""From which time on Redis notes what held it up, in milliseconds."""
 STARTS_S = 20.0
 """How long a process may take to start, or to find that it cannot."""
 
@@ -42,6 +44,7 @@ class Site:
         chance = Random(f"links {options.seed}")
         self.eviction = options.eviction
         config = {"appendfsync": options.appendfsync, "maxmemory-policy": options.eviction}
+        config["latency-monitor-threshold"] = STALL_MS
         self.redis = RedisServer(directory / "redis", free_port(), config=config)
         self.postgres = PostgresServer(directory / "postgres", free_port(), database="gateway")
         self.redis_links: list[Link] = []

@@ -1,11 +1,11 @@
 """How long visitors had to wait because of a fault, and what is promised about that."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tests.chaos.faults import FAULTS, Window
-from tests.chaos.ledger import Conversation, Ledger, Message
+from tests.chaos.ledger import Conversation, DiskStall, Ledger, Message
 
 REDIS_BACK_S = 3.0
 """How long after Redis accepts connections again everybody is answered."""
@@ -39,13 +39,13 @@ def seen(windows: Sequence[Window], ledger: Ledger) -> list[Seen]:
     for window in windows:
         kinds[_kind(window)].times += 1
     for conversation in ledger.conversations:
-        for wait in _waits(conversation):
+        for wait in conversation.waits():
             met = _window_of(wait, windows)
             if met is None:
                 continue
             kind = kinds[_kind(met)]
             kind.answered += wait[-1].answer is not None
-            waited_s = _waited_s(met, wait)
+            waited_s = _waited_s(met, wait, ledger.disk_stalls.values())
             if conversation.session_id in met.victims or set(met.names) & set(REDIS):
                 kind.hit_s = max(kind.hit_s, waited_s)
             elif not (set(met.names) & set(POSTGRES) and _needs_postgres(conversation, wait[0])):
@@ -59,21 +59,9 @@ def turned_away_in_peace(windows: Sequence[Window], ledger: Ledger) -> list[str]
     return [
         f"{conversation.session_id} message {wait[0].number}: {wait[0].failures} while no fault was on"
         for conversation in ledger.conversations
-        for wait in _waits(conversation)
+        for wait in conversation.waits()
         if wait[0].failures and _window_of(wait, windows) is None
     ]
-
-
-def _waits(conversation: Conversation) -> Iterator[list[Message]]:
-    """Each message that was answered, behind those before it that the visitor gave up: together they are one wait."""
-    wait: list[Message] = []
-    for message in conversation.messages:
-        wait.append(message)
-        if message.answer is not None:
-            yield wait
-            wait = []
-    if wait:
-        yield wait
 
 
 def _kind(window: Window) -> str:
@@ -81,21 +69,30 @@ def _kind(window: Window) -> str:
 
 
 def _window_of(wait: Sequence[Message], windows: Sequence[Window]) -> Window | None:
-    """The fault that a wait met: the one that made the first attempt fail, or in which it was sent."""
+    """The fault that a wait met: the one that made the first attempt fail, or else the first that was not calm yet while the
+    message was on its way."""
     first = wait[0]
-    met_at = first.failures[0][0] if first.failures else first.sent_at
-    return next((window for window in windows if window.began_at <= met_at <= window.ended_at), None)
+    if first.failures:
+        failed_at = first.failures[0][0]
+        return next((window for window in windows if window.began_at <= failed_at <= window.ended_at), None)
+    until = _until(wait)
+    return next((window for window in windows if window.began_at <= until and first.sent_at <= window.calm_at), None)
 
 
-def _waited_s(window: Window, wait: Sequence[Message]) -> float:
-    """Beyond the answer's own work; with Redis away it counts from when Redis accepts connections again. Whoever never got
-    an answer waited until the last attempt failed."""
+def _until(wait: Sequence[Message]) -> float:
+    """When it was over; whoever never got an answer waited until the last attempt failed."""
     last = wait[-1]
-    until = last.answered_at if last.answer is not None else last.failures[-1][0] if last.failures else last.sent_at
-    since = wait[0].sent_at
+    return last.answered_at if last.answer is not None else last.failures[-1][0] if last.failures else last.sent_at
+
+
+def _waited_s(window: Window, wait: Sequence[Message], stalls: Iterable[DiskStall]) -> float:
+    """Beyond the answer's own work and the time in which the disk held Redis up; with Redis away it counts from when Redis
+    accepts connections again."""
+    until, since = _until(wait), wait[0].sent_at
     if set(window.names) & set(REDIS):
         since = max(since, window.mended_at)
-    return max(0.0, until - since - last.work_s)
+    stalled_s = sum(stall.within(since, until) for stall in stalls)
+    return max(0.0, until - since - wait[-1].work_s - stalled_s)
 
 
 def _needs_postgres(conversation: Conversation, message: Message) -> bool:

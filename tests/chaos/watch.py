@@ -1,10 +1,11 @@
 """What holds in Redis at every moment, looked at while the faults are on: in the end an empty outbox would hide it."""
 
 import asyncio
+from time import monotonic, time
 
 from redis.exceptions import RedisError
 
-from tests.chaos.ledger import Ledger
+from tests.chaos.ledger import DiskStall, Ledger
 from tests.chaos.site import Site
 from tests.support.rule import all_keys
 
@@ -33,7 +34,8 @@ return wrong
 
 async def watch_redis(site: Site, ledger: Ledger) -> None:
     """Looks until it is cancelled, in one script each time: at the counter of the outbox, and at the one rule of the hot
-    store, which is the TTL of each session."""
+    store, which is the TTL of each session. Notes too when Redis could not go on for want of its disk: no gateway answers
+    sooner than its store."""
     outbox, counter = site.keys.outbox(0), site.keys.outbox_bytes(0)
     while True:
         try:
@@ -41,7 +43,16 @@ async def watch_redis(site: Site, ledger: Ledger) -> None:
             wrong = await site.client.eval(LOOK, 2 + len(sessions), outbox, counter, *sessions)
             ledger.left_over += [text.decode() for text in wrong]
             ledger.looks += 1
+            await note_disk_stalls(site, ledger)
         except (RedisError, OSError):
             # It is away by a fault.
             pass
         await asyncio.sleep(EVERY_S)
+
+
+async def note_disk_stalls(site: Site, ledger: Ledger) -> None:
+    """What Redis itself has noted about writing its append-only file and waiting for that to be on the disk; what scripts
+    and commands take is noted under other names, and excuses nobody. Of several in the same second it keeps the longest."""
+    for event in ("aof-fsync-always", "aof-write", "aof-write-pending-fsync", "aof-write-alone"):
+        for second, took_ms in await site.client.latency_history(event):
+            ledger.disk_stalls[event, second] = DiskStall(second - time() + monotonic(), took_ms / 1000)
