@@ -12,7 +12,8 @@ import uvloop
 
 
 class Plan(msgspec.Struct, kw_only=True):
-    """What is to be sent: `bodies[i]` to `paths[i]`, with the session token `tokens[i]` if there are any, in rotation.
+    """What is to be sent: `bodies[i]` to `paths[i]`, with the session token `tokens[i]` if there are any, in rotation from
+    about the `first` on.
 
     Closed loop: each connection sends its next request when the last is answered. With a `rate` (requests per second)
     they are sent at fixed times, and waited for from those times on: a server that stalls does not slow down its visitors.
@@ -26,6 +27,7 @@ class Plan(msgspec.Struct, kw_only=True):
     connections: int = 32
     seconds: float
     rate: float = 0
+    first: int = 0
     stream: bool = False
 
 
@@ -59,7 +61,7 @@ async def run(plan: Plan) -> Measured:
         reader, writer = await asyncio.open_connection("127.0.0.1", plan.port)
         # A session belongs to one connection: its visitor waits for an answer before the next message.
         mine = requests[number :: plan.connections]
-        position = 0
+        position = plan.first // plan.connections
         while True:
             if plan.rate:
                 due = began + taken / plan.rate

@@ -219,6 +219,8 @@ async def measure(
     measured = await load(plan, seconds, rate)
     after, ended = cpu(serving), monotonic()
     turns = len(measured.latencies_ms)
+    # The next load goes on with other sessions.
+    plan.first = (plan.first + turns) % len(plan.bodies)
     ordered = sorted(measured.latencies_ms)
     server, redis, postgres, worker = ((b - a) * 1000 / turns for a, b in zip(before, after, strict=True))
     result = Result(
@@ -237,7 +239,7 @@ async def measure(
     return result, began, ended
 
 
-def add_pauses(result: Result, servers: Servers, began: float, ended: float) -> Result:
+def add_pauses(result: Result, began: float, ended: float, servers: Servers) -> Result:
     """The longest pause of the collector, which a server writes down when it ends; not that of a server that is not ours."""
     if result.row != "langgraph-dev":
         result.pause_ms = longest_ms(servers.folder / "pauses", began, ended)

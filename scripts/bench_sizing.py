@@ -10,7 +10,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_measure import STATELESS
 from bench_results import saved
 from bench_turns import ROWS
 
@@ -147,8 +146,6 @@ def turns_table(turns: Any) -> str:
             continue
         at = by[row, HISTORY if HISTORY in there else there[0]]
         figures = [f"{by[row, one]['turns_per_s']:,.0f}" if one in there else "" for one in histories]
-        if row in STATELESS:
-            figures = [f"{at['turns_per_s']:,.0f}"] + [""] * (len(histories) - 1)
         lines.append(
             f"| {name} | {' | '.join(figures)} | {at['p50_ms']:.0f}, {at['p99_ms']:.0f} |"
             f" {at['server_ms']:.2f}, {at['redis_ms']:.2f}, {at['postgres_ms']:.2f} |"
