@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import json
 from datetime import datetime
 from time import perf_counter
 from typing import NamedTuple
@@ -25,15 +26,18 @@ AT_ONCE = 64
 
 
 class Row(NamedTuple):
-    """A message as Postgres has it."""
+    """A message as Postgres has it: all that a turn of text fills."""
 
     id: str
     session_id: str
     role: str
     content: str
+    latency_ms: int | None
+    metadata: str | None
     turn_id: str
     turn: int
     seq: int
+    turn_metadata: str | None
     created_at: datetime
 
 
@@ -109,12 +113,27 @@ async def _say(stores: Stores, number: int, session: str, turn: int) -> list[Row
     assert isinstance(begun, Begun), begun
     at = iso(begun.now_ms)
     question, answer = _words(number, turn)
-    messages = [Message(str(uuid7()), "user", question, at), Message(str(uuid7()), "assistant", answer, at)]
+    messages = [
+        Message(str(uuid7()), "user", question, at, metadata={"page": "/cart"}),
+        Message(str(uuid7()), "assistant", answer, at, latency_ms=1234),
+    ]
     committed = await stores.sessions.commit(begun, Turn(turn_id, None, 2 * turn - 1, messages), POLICY)
     assert committed, f"turn {turn} of {session_id} was lost"
     moment = datetime.fromisoformat(at)
     return [
-        Row(one.id, session, one.role, one.content, turn_id, turn, 2 * turn - 1 + index, moment)
+        Row(
+            id=one.id,
+            session_id=session,
+            role=one.role,
+            content=one.content,
+            latency_ms=one.latency_ms,
+            metadata=None if one.metadata is None else json.dumps(one.metadata),
+            turn_id=turn_id,
+            turn=turn,
+            seq=2 * turn - 1 + index,
+            turn_metadata="{}" if one.role == "assistant" else None,
+            created_at=moment,
+        )
         for index, one in enumerate(messages)
     ]
 

@@ -5,9 +5,7 @@ And how far it is behind the pods while one answers as fast as it can.
 
 import argparse
 import asyncio
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -36,8 +34,14 @@ INSERT_SESSIONS = (
     "INSERT INTO bare_sessions (id, session_id, agent_id) SELECT id, id::text, $2::uuid FROM unnest($1::uuid[]) AS id"
 )
 INSERT = """
-INSERT INTO bare_messages (id, session_id, role, content, turn_id, turn, seq, created_at)
-SELECT * FROM unnest($1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::uuid[], $6::int[], $7::int[], $8::timestamptz[])
+INSERT INTO bare_messages (
+    id, session_id, role, content, latency_ms, metadata, turn_id, turn, seq, turn_metadata, created_at
+)
+SELECT id, session_id, role, content, latency_ms, metadata::jsonb, turn_id, turn, seq, turn_metadata::jsonb, created_at
+FROM unnest(
+    $1::uuid[], $2::uuid[], $3::text[], $4::text[], $5::int[], $6::text[], $7::uuid[], $8::int[], $9::int[], $10::text[],
+    $11::timestamptz[]
+) AS message (id, session_id, role, content, latency_ms, metadata, turn_id, turn, seq, turn_metadata, created_at)
 """
 DROP = "DROP TABLE bare_messages, bare_sessions"
 STORED = "SELECT count(*) / 2 FROM agent_messages"
@@ -68,22 +72,21 @@ class Lag(NamedTuple):
 
 async def measure_flush(options: argparse.Namespace) -> None:
     """Prints turns per second of one worker and of bare `unnest` inserts, in turn, their ratio, and the worker's lag."""
-    cores = take_cores()
     found = machine()
     print(found)
-    print(f"{options.turns:,} turns a round, of some 100 and 400 characters; worker and inserts have a core to themselves")
+    print(f"{options.turns:,} turns a round, of some 100 and 400 characters")
     results: list[Flushed] = []
     print(f"\n{'':>8}{'worker':>10}{'bare':>10}{'':>7}{'CPU ms per turn':^32}{'bytes in':>10}{'begins':>9}")
     print(
         f"{'':>8}{'turns/s':>10}{'turns/s':>10}{'ratio':>7}{'worker':>10}{'Redis':>10}{'Postgres':>12}{'Postgres':>10}{'after':>9}"
     )
     for number in range(options.rounds):
-        results.append(await _round(options.turns, cores, bare_first=number % 2 == 1))
+        results.append(await _round(options.turns, bare_first=number % 2 == 1))
         print(_line(f"round {number + 1}", results[-1]), flush=True)
     whole = Flushed(*(median(getattr(one, field) for one in results) for field in Flushed.__struct_fields__))
     ratio = median(one.worker_per_s / one.bare_per_s for one in results)
     print(_line("median", whole))
-    lag = await _lag(cores, options.lag_seconds)
+    lag = await _lag(take_cores(), options.lag_seconds)
     print(
         f"\nlag while a pod answers {lag.turns_per_s:,.0f} turns/s: p50 {lag.p50_ms:,.0f} ms, p99 {lag.p99_ms:,.0f} ms,"
         f" most {lag.most_ms:,.0f} ms"
@@ -105,7 +108,7 @@ def _line(name: str, one: Flushed) -> str:
     )
 
 
-async def _round(wanted: int, cores: set[int], *, bare_first: bool) -> Flushed:
+async def _round(wanted: int, *, bare_first: bool) -> Flushed:
     sessions = max(1, wanted // TURNS_A_SESSION)
     rounds = wanted // sessions
     turns = sessions * rounds
@@ -115,23 +118,22 @@ async def _round(wanted: int, cores: set[int], *, bare_first: bool) -> Flushed:
         await stores.check()
         rows = await queue_turns(stores, sessions, rounds)
         if bare_first:
-            bare_s = await _bare(servers, rows, cores)
-        flushed = await _worker(servers, stores, turns, cores)
+            bare_s = await _bare(servers, rows)
+        flushed = await _worker(servers, stores, turns)
         if not bare_first:
-            bare_s = await _bare(servers, rows, cores)
+            bare_s = await _bare(servers, rows)
         await stores.close()
     flushed.bare_per_s = turns / bare_s
     return flushed
 
 
-async def _worker(servers: Servers, stores: Stores, turns: int, cores: set[int]) -> Flushed:
+async def _worker(servers: Servers, stores: Stores, turns: int) -> Flushed:
     """A worker process empties the outbox. What counts begins with its first rows: its start is no flushing."""
     connection = await asyncpg.connect(servers.postgres.url)
     redis, postgres = psutil.Process(servers.redis.pid), psutil.Process(servers.postgres.pid)
     launched = perf_counter()
-    with _on(cores):
-        running = gateway("worker", servers)
-        process_id = running.__enter__()
+    running = gateway("worker", servers)
+    process_id = running.__enter__()
     try:
         worker = psutil.Process(process_id)
         while not (there := await connection.fetchval(STORED)):  # noqa: ASYNC110  # another process works
@@ -154,29 +156,17 @@ async def _worker(servers: Servers, stores: Stores, turns: int, cores: set[int])
     return Flushed(left / (ended - began), 0, worker_ms, redis_ms, postgres_ms, size / turns, began - launched)
 
 
-@contextmanager
-def _on(cores: set[int]) -> Iterator[None]:
-    """This process, and what it starts meanwhile, runs on these cores."""
-    usual = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, cores)
-    try:
-        yield
-    finally:
-        os.sched_setaffinity(0, usual)
-
-
-async def _bare(servers: Servers, rows: Sequence[Row], cores: set[int]) -> float:
+async def _bare(servers: Servers, rows: Sequence[Row]) -> float:
     """Seconds that bare inserts of the messages take, in batches of as many turns, each a transaction of its own."""
     connection = await asyncpg.connect(servers.postgres.url)
     await connection.execute(TABLES)
     await connection.execute(INSERT_SESSIONS, list({row.session_id for row in rows}), AGENT_ID)
     step = 2 * BATCH
     batches = [[list(column) for column in zip(*rows[i : i + step], strict=True)] for i in range(0, len(rows), step)]
-    with _on(cores):
-        began = perf_counter()
-        for batch in batches:
-            await connection.execute(INSERT, *batch)
-        seconds = perf_counter() - began
+    began = perf_counter()
+    for batch in batches:
+        await connection.execute(INSERT, *batch)
+    seconds = perf_counter() - began
     await connection.execute(DROP)
     await connection.close()
     return seconds
