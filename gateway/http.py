@@ -50,6 +50,38 @@ def http_protocol(bounds: Bounds | None = None) -> type[HttpToolsProtocol]:
     return type("BoundedHttpProtocol", (HttpProtocol,), {"bounds": bounds or Bounds()})
 
 
+class JoinedWrites:
+    """Where an answer is written: what comes first, its head, goes out with what follows at once, its body, in one packet.
+    When nothing follows it goes out by itself, before the loop waits for anything."""
+
+    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
+        self._transport = transport
+        self._loop = loop
+        self._held: bytes | None = None
+        self._begun = False
+
+    def write(self, data: bytes) -> None:
+        if not self._begun:
+            self._begun, self._held = True, data
+            self._loop.call_soon(self.flush)
+        elif self._held is not None:
+            held, self._held = self._held, None
+            self._transport.write(held + data)
+        else:
+            self._transport.write(data)
+
+    def flush(self) -> None:
+        """Writes what is held, if anything."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            if not self._transport.is_closing():
+                self._transport.write(held)
+
+    def close(self) -> None:
+        self.flush()
+        self._transport.close()
+
+
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, bounded."""
 
@@ -71,6 +103,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._unread_bytes = 0
         # The request that is being answered; uvicorn keeps the one that came last.
         self._answered: RequestResponseCycle | None = None
+        self._writes: JoinedWrites | None = None
         self._data = b""
         # The request asks for another protocol: its head is to be read again, without that.
         self._reads_again = False
@@ -96,6 +129,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
+        self._writes = JoinedWrites(self.transport, self.loop)
+        cycle.transport = self._writes  # type: ignore[assignment]  # it writes and closes, nothing else
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
@@ -241,6 +276,8 @@ class HttpProtocol(HttpToolsProtocol):
     def _hang_up(self) -> None:
         """Says that nothing more comes, and drops what comes in for a while: a close at once would be a reset to a client
         that is still sending, and could take the answer from it."""
+        if self._writes is not None:
+            self._writes.flush()
         if self.transport.is_closing():
             return
         if self.transport.can_write_eof():

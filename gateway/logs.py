@@ -5,6 +5,7 @@ where it was raised: its text may quote what a visitor wrote, and libraries log 
 interpreter itself would print goes through here too, and loses it.
 """
 
+import json
 import logging
 import re
 import sys
@@ -27,9 +28,7 @@ def configure_logs(log_format: str, level: str) -> None:
     """Sets the process's logging up, once, before anything logs."""
     text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
-    renderer: structlog.types.Processor = (
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text else structlog.processors.JSONRenderer()
-    )
+    renderer: structlog.types.Processor = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text else _as_json
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -39,10 +38,19 @@ def configure_logs(log_format: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        # Writes a line at once, where print takes two calls of the system.
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(level=max(number, logging.WARNING), handlers=[LibraryLogs()])
+
+
+_encode = json.JSONEncoder(default=repr).encode
+
+
+def _as_json(logger: Any, method: str, event: structlog.types.EventDict) -> str:
+    """The last processor. structlog's own makes an encoder for each line."""
+    return _encode(event)
 
 
 def contain_errors() -> None:

@@ -72,7 +72,7 @@ def address_of(request: Request) -> str:
 
 def known_operator(request: Request) -> Operator | None:
     """The operator who makes this request, if the gatekeeper has found that one does."""
-    operator: Operator | None = getattr(request.state, "operator", None)
+    operator: Operator | None = request.scope.get("state", {}).get("operator")
     return operator
 
 
