@@ -1,16 +1,16 @@
 """What a turn costs as sessions in Redis, stored messages and open streams grow: `scripts/bench growth`.
 
-All sizes of a kind have stores of their own, filled before; the rounds go through them up and down, with the same pod, so
-that the smallest and the largest are compared in one run.
+All sizes of a kind have stores and a pod of their own, filled before; the rounds go through them up and down, for a moment
+each, so that the smallest and the largest are compared while the machine is the same.
 """
 
 import argparse
 import asyncio
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from bench_measure import PRODUCTION, Result, Serving, load, measure, plan_for, serve, take_cores
@@ -55,23 +55,14 @@ async def measure_growth(options: argparse.Namespace) -> None:
         Target.at_most("Redis' memory per session with 50 hot messages of 200 characters, bytes", hot_bytes, MOST_BYTES)
     )
     for part in options.parts.split(","):
-        match part:
-            case "sessions":
-                grown = await _sessions(_numbers(options.sessions), options, cores)
-                first, last = grown[0], grown[-1]
-                for name, ratio in (
-                    ("turns/s", first.turns_per_s / last.turns_per_s),
-                    ("server's CPU", last.server_ms / first.server_ms),
-                    ("Redis' CPU", last.redis_ms / first.redis_ms),
-                ):
-                    words = f"cost of a turn by {name}, {last.size:,} sessions to {first.size:,}"
-                    goals.append(Target.at_most(words, ratio, MOST_SLOWER))
-            case "history":
-                grown = await _histories(_numbers(options.histories), options, cores)
-            case "streams":
-                grown = await _streams(_numbers(options.streams), options, cores)
-            case _:
-                raise SystemExit(f"bench: {part} does not grow; sessions, history and streams do")
+        if part not in FILLED:
+            raise SystemExit(f"bench: {part} does not grow; sessions, history and streams do")
+        async with AsyncExitStack() as stack:
+            filled = await FILLED[part](_numbers(getattr(options, OPTIONS[part])), stack)
+            rounds = await _measure(filled, options, cores, stack)
+        grown = [_size(part, one, results) for one, results in zip(filled, rounds, strict=True)]
+        if part == "sessions":
+            goals += _ratios(filled, rounds)
         sizes += grown
         _print(part, grown)
     print(f"\na session with 50 hot messages of 200 characters: {hot_bytes:,.0f} bytes of Redis' memory")
@@ -107,51 +98,88 @@ async def _fill(servers: Servers, sessions: int, messages: int, **details: Any) 
     return float(after - before) / sessions
 
 
-async def _sessions(counts: Sequence[int], options: argparse.Namespace, cores: set[int]) -> list[Size]:
+class Filled(NamedTuple):
+    """Stores of one size: the sessions that are spoken to, Redis' bytes for each session, those with an open stream."""
+
+    size: int
+    servers: Servers
+    numbers: range | list[int]
+    bytes_each: float = 0
+    streams: range = range(0)
+
+
+async def _sessions(counts: Sequence[int], stack: AsyncExitStack) -> list[Filled]:
     """Small sessions: a turn each, of which the graph is given nothing, so that a session costs the same whenever it is
     spoken to again."""
     definition = msgspec.structs.replace(AGENT, history_window=0)
-    async with AsyncExitStack() as stack:
-        filled = []
-        for count in counts:
-            servers = stack.enter_context(own_servers(REDIS, **PRODUCTION))
-            each = await _fill(servers, count, 2, definition=definition, question="Where is it?", answer="On its way.")
-            spoken_to = random.Random(7).sample(range(1, count), min(count - 1, SPOKEN_TO))  # noqa: S311  # the same each time
-            filled.append((count, servers, spoken_to, each))
-        rounds: dict[int, list[Result]] = {count: [] for count in counts}
-        for number in range(options.rounds):
-            for count, servers, spoken_to, _each in filled[:: -1 if number % 2 else 1]:
-                with serve("message", servers, cores) as serving:
-                    rounds[count].append(await _measured(serving, spoken_to, options))
-        return [_size("sessions", count, rounds[count], each) for count, _servers, _spoken_to, each in filled]
+    filled = []
+    for count in counts:
+        servers = stack.enter_context(own_servers(REDIS, **PRODUCTION))
+        each = await _fill(servers, count, 2, definition=definition, question="Where is it?", answer="On its way.")
+        spoken_to = random.Random(7).sample(range(1, count), min(count - 1, SPOKEN_TO))  # noqa: S311  # the same each time
+        filled.append(Filled(count, servers, spoken_to, each))
+    return filled
 
 
-async def _histories(lengths: Sequence[int], options: argparse.Namespace, cores: set[int]) -> list[Size]:
+async def _histories(lengths: Sequence[int], stack: AsyncExitStack) -> list[Filled]:
     """Messages are hot as far as the agent's window reaches (50), the others are in Postgres, as the gateway leaves them."""
-    async with AsyncExitStack() as stack:
-        filled = []
-        for length in lengths:
-            servers = stack.enter_context(own_servers(REDIS, **PRODUCTION))
-            filled.append((length, servers, await _fill(servers, SESSIONS_WITH_HISTORY, length)))
-        rounds: dict[int, list[Result]] = {length: [] for length in lengths}
-        for number in range(options.rounds):
-            for length, servers, _each in filled[:: -1 if number % 2 else 1]:
-                with serve("message", servers, cores) as serving:
-                    rounds[length].append(await _measured(serving, range(SESSIONS_WITH_HISTORY), options))
-        return [_size("history", length, rounds[length], each) for length, _servers, each in filled]
+    filled = []
+    for length in lengths:
+        servers = stack.enter_context(own_servers(REDIS, **PRODUCTION))
+        each = await _fill(servers, SESSIONS_WITH_HISTORY, length)
+        filled.append(Filled(length, servers, range(SESSIONS_WITH_HISTORY), each))
+    return filled
 
 
-async def _streams(counts: Sequence[int], options: argparse.Namespace, cores: set[int]) -> list[Size]:
+async def _streams(counts: Sequence[int], stack: AsyncExitStack) -> list[Filled]:
     """Open streams of sessions (GET …/events: second tabs), on which nothing happens, while others are spoken to."""
-    rounds: dict[int, list[Result]] = {count: [] for count in counts}
-    with own_servers(REDIS, **PRODUCTION) as servers:
-        await fill_gateway(servers, STREAM_SESSIONS + max(counts), 50)
-        for number in range(options.rounds):
-            for count in counts[:: -1 if number % 2 else 1]:
-                with serve("message", servers, cores) as serving:
-                    async with _opened(serving, range(STREAM_SESSIONS, STREAM_SESSIONS + count)):
-                        rounds[count].append(await _measured(serving, range(STREAM_SESSIONS), options))
-    return [_size("streams", count, rounds[count], 0) for count in counts]
+    filled = []
+    for count in counts:
+        servers = stack.enter_context(own_servers(REDIS, **PRODUCTION))
+        await fill_gateway(servers, STREAM_SESSIONS + count, 50)
+        filled.append(
+            Filled(count, servers, range(STREAM_SESSIONS), streams=range(STREAM_SESSIONS, STREAM_SESSIONS + count))
+        )
+    return filled
+
+
+FILLED = {"sessions": _sessions, "history": _histories, "streams": _streams}
+OPTIONS = {"sessions": "sessions", "history": "histories", "streams": "streams"}
+
+
+async def _measure(
+    filled: Sequence[Filled], options: argparse.Namespace, cores: set[int], stack: AsyncExitStack
+) -> list[list[Result]]:
+    """A pod for each size, all at work at the same time and loaded in turn for a moment each: see bench_turns.py."""
+    ready = []
+    for one in filled:
+        serving = stack.enter_context(serve("message", one.servers, cores))
+        await stack.enter_async_context(_opened(serving, one.streams))
+        plan = plan_for(serving, one.numbers, connections=CONNECTIONS)
+        await load(plan, options.warm_up)
+        ready.append((serving, plan, list[Result]()))
+    for number in range(options.rounds):
+        for serving, plan, results in ready[:: -1 if number % 2 else 1]:
+            result, _began, _ended = await measure(serving, plan, 0, options.seconds)
+            results.append(result)
+    return [results for _, _, results in ready]
+
+
+def _ratios(filled: Sequence[Filled], rounds: Sequence[Sequence[Result]]) -> list[Target]:
+    """What a turn costs at the largest size, in what it costs at the smallest: the medians of the rounds' ratios."""
+    pairs = list(zip(rounds[0], rounds[-1], strict=True))
+    words = f"{filled[-1].size:,} sessions to {filled[0].size:,}"
+    return [
+        Target.at_most(f"cost of a turn by {name}, {words}", median(cost(few, many) for few, many in pairs), MOST_SLOWER)
+        for name, cost in COSTS.items()
+    ]
+
+
+COSTS: dict[str, Callable[[Result, Result], float]] = {
+    "turns/s": lambda few, many: few.turns_per_s / many.turns_per_s,
+    "server's CPU": lambda few, many: many.server_ms / few.server_ms,
+    "Redis' CPU": lambda few, many: many.redis_ms / few.redis_ms,
+}
 
 
 @asynccontextmanager
@@ -175,15 +203,8 @@ async def _opened(serving: Serving, numbers: range) -> AsyncIterator[None]:
             writer.close()
 
 
-async def _measured(serving: Serving, numbers: range | list[int], options: argparse.Namespace) -> Result:
-    plan = plan_for(serving, numbers, connections=CONNECTIONS)
-    await load(plan, options.warm_up)
-    result, _began, _ended = await measure(serving, plan, 0, options.seconds)
-    return result
-
-
-def _size(part: str, size: int, results: Sequence[Result], bytes_each: float) -> Size:
+def _size(part: str, filled: Filled, results: Sequence[Result]) -> Size:
     turns_per_s, server_ms, redis_ms = (
         median(getattr(one, name) for one in results) for name in ("turns_per_s", "server_ms", "redis_ms")
     )
-    return Size(part, size, turns_per_s, server_ms, redis_ms, bytes_each)
+    return Size(part, filled.size, turns_per_s, server_ms, redis_ms, filled.bytes_each)
