@@ -434,7 +434,7 @@ def _tail(text: str) -> str:
 
 
 class RedisServer(Server):
-    """A Redis or Valkey server that keeps its data: append-only file synced every second, `volatile-lru`.
+    """A Redis or Valkey server that keeps its data: append-only file synced every second, `volatile-lru`, sessions packed.
 
     `config` takes configuration directives by name; they override the defaults here. The configuration file is written
     at the first start of this object; a restart keeps what Sentinel or CONFIG REWRITE made of it.
@@ -476,6 +476,9 @@ class RedisServer(Server):
             "appendfsync": "everysec",
             "save": "",
             "maxmemory-policy": "volatile-lru",
+            # A session as one block and not as a hundred: less than half of the memory, and of what is cold in caches.
+            "hash-max-listpack-entries": "128",
+            "hash-max-listpack-value": "2048",
             **self._config,
         }
         return [f"{name} {value or _quoted('')}" for name, value in config.items()]

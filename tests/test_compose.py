@@ -82,6 +82,7 @@ def test_redis_keeps_every_write_and_evicts_only_what_postgres_has(services: dic
     assert options["appendonly"] == "yes"
     assert options["maxmemory-policy"] == "volatile-lru"
     assert options["maxmemory"] == "512mb"
+    assert (options["hash-max-listpack-entries"], options["hash-max-listpack-value"]) == ("128", "2048")
 
 
 def test_the_stores_keep_their_data_on_named_volumes(compose: dict[str, Any], services: dict[str, Service]) -> None:

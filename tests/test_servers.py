@@ -50,6 +50,8 @@ def test_redis_starts_with_the_settings_the_gateway_needs_and_leaves_its_port_fr
     with RedisServer(directory, free_port()) as server, asks(server.port) as client:
         assert client.config_get("maxmemory-policy") == {"maxmemory-policy": "volatile-lru"}
         assert client.config_get("appendonly") == {"appendonly": "yes"}
+        client.hset("session", mapping={str(number): "x" * 750 for number in range(60)})
+        assert client.object("encoding", "session") == "listpack"
     assert not server.running
     assert port_is_free(server.port)
 
