@@ -104,7 +104,8 @@ class FirstAnswer(BaseModel):
 
 
 def first(url: str) -> FastAPI:
-    """(d) The product's first design: the history is one JSONB column, written anew with each turn."""
+    """(d) The product's first design: the history is one JSONB column, written anew with each turn. It knows no window: the
+    graph is given all of it."""
     engine = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"), pool_size=CONNECTIONS)
     sessions = async_sessionmaker(engine, expire_on_commit=False)
 
@@ -118,7 +119,7 @@ def first(url: str) -> FastAPI:
     async def message(body: FirstBody, db: Annotated[AsyncSession, Depends(database)]) -> FirstAnswer:
         chat = (await db.execute(select(Chat).where(Chat.session_id == body.session_id))).scalar_one()
         history = chat.conversation_history
-        past: list[AnyMessage] = [_langchain(one["role"], one["content"]) for one in history[-WINDOW:]]
+        past: list[AnyMessage] = [_langchain(one["role"], one["content"]) for one in history]
         state = await graph.ainvoke({"messages": [*past, HumanMessage(body.message)]})
         text = state["messages"][-1].content
         now = datetime.now(UTC)
