@@ -11,7 +11,7 @@ milliseconds, as operators read them.
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -139,9 +139,13 @@ _FACT = re.compile(r"t:[1-9][0-9]{0,8}|(opened|ended|timeout|erased):[0-9]+")
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
 def iso(ms: int) -> str:
     """Milliseconds since 1970 as stored text."""
-    return iso_from(datetime.fromtimestamp(ms / 1000, UTC))
+    # Whole numbers all the way: as seconds with a fraction some moments would lose a millisecond.
+    return iso_from(_EPOCH + timedelta(milliseconds=ms))
 
 
 def iso_from(moment: datetime) -> str:
