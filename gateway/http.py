@@ -81,6 +81,9 @@ class JoinedWrites:
         self.flush()
         self._transport.close()
 
+    def is_closing(self) -> bool:
+        return self._transport.is_closing()
+
 
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, bounded."""
@@ -130,7 +133,7 @@ class HttpProtocol(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
         self._writes = JoinedWrites(self.transport, self.loop)
-        cycle.transport = self._writes  # type: ignore[assignment]  # it writes and closes, nothing else
+        cycle.transport = self._writes  # type: ignore[assignment]  # all of one that a cycle uses
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
@@ -261,6 +264,9 @@ class HttpProtocol(HttpToolsProtocol):
             if started:
                 self._hang_up()
                 return
+        if self._writes is not None:
+            # The word that the body may come: it goes before this.
+            self._writes.flush()
         body = encode_problem(problem, str(uuid7()))
         headers = {
             **problem_headers(problem),

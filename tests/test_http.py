@@ -1,9 +1,18 @@
 """How an answer is written: its head and what follows at once in one packet, and a head alone without delay."""
 
+import ast
 import asyncio
+import inspect
+import json
 from typing import Any, cast
 
+import httpx
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
 from gateway.http import JoinedWrites
+from tests.conftest import PutAgent
+from tests.support.raw import RawConnection
+from tests.support.visiting import new_session_id
 
 
 class Wire:
@@ -59,3 +68,30 @@ async def test_a_head_is_written_before_the_connection_closes_and_never_after() 
     lost.close()
     await asyncio.sleep(0)
     assert lost.written == [], "the client has gone"
+
+
+def test_it_has_all_of_a_transport_that_uvicorn_uses() -> None:
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(RequestResponseCycle)))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "transport"
+    }
+    assert "write" in used
+    assert {name for name in used if not hasattr(JoinedWrites, name)} == set()
+
+
+async def test_a_body_that_waits_to_be_asked_for_is_asked_for(client: httpx.AsyncClient, put_agent: PutAgent) -> None:
+    await put_agent("shop")
+    body = json.dumps({"message": "Hello", "session_id": new_session_id()}).encode()
+    head = (
+        "POST /api/chat/shop/message HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"Expect: 100-continue\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    async with RawConnection(str(client.base_url)) as connection:
+        await connection.send(head.encode())
+        asked = await connection.answer()
+        assert asked is not None and asked.status == 100
+        await connection.send(body)
+        answer = await connection.answer()
+        assert answer is not None and answer.status == 200
+        assert answer.json()["response"]
