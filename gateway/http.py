@@ -264,9 +264,6 @@ class HttpProtocol(HttpToolsProtocol):
             if started:
                 self._hang_up()
                 return
-        if self._writes is not None:
-            # The word that the body may come: it goes before this.
-            self._writes.flush()
         body = encode_problem(problem, str(uuid7()))
         headers = {
             **problem_headers(problem),
@@ -276,7 +273,8 @@ class HttpProtocol(HttpToolsProtocol):
         }
         lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}"]
         lines += [f"{name.lower()}: {value}" for name, value in headers.items()]
-        self.transport.write("\r\n".join([*lines, "", ""]).encode() + body)
+        # Behind what may be held: the word that the body may come.
+        (self._writes or self.transport).write("\r\n".join([*lines, "", ""]).encode() + body)
         self._hang_up()
 
     def _hang_up(self) -> None:

@@ -5,6 +5,7 @@ holds no session state, and graphs keep none of their own: a checkpointer of the
 """
 
 import asyncio
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -176,13 +177,14 @@ class Graphs:
             raise GraphNotConfigured(f"graph: {agent.definition.graph}")
         history = [_TO_LANGCHAIN[message.role](message.content, message.id) for message in graph_input.history]
         messages: Any = [*history, HumanMessage(graph_input.user_input, id=graph_input.message_uuid)]
-        # Copies where it matters: what a graph changes in place is compared with what it was given.
+        # Copies: what a graph changes in place is compared with what it was given.
+        given_context, given_metadata = copy.deepcopy((graph_input.context, graph_input.metadata))
         state: Any = {
             "messages": Overwrite(messages) if agent.definition.graph in self._take_lists else messages,
             "user_input": graph_input.user_input,
             "agent_response": "",
-            "context": _copied(graph_input.context),
-            "metadata": _copied(graph_input.metadata),
+            "context": given_context,
+            "metadata": given_metadata,
             "session_id": graph_input.session_id,
             "channel": graph_input.channel,
             "next_action": "",
@@ -239,17 +241,6 @@ def _adds_messages(graph: Pregel[Any, Any, Any, Any]) -> bool:
     """Whether a graph's messages are put together by LangGraph's own reducer, as those of MessagesState are."""
     channel = graph.channels.get("messages")
     return isinstance(channel, BinaryOperatorAggregate) and channel.operator is add_messages
-
-
-def _copied(value: Any) -> Any:
-    """A JSON value with containers of its own."""
-    match value:
-        case dict():
-            return {name: _copied(item) for name, item in value.items()}
-        case list():
-            return [_copied(item) for item in value]
-        case _:
-            return value
 
 
 def message_maker(kind: type[BaseMessage]) -> Callable[[str, str], BaseMessage]:

@@ -137,8 +137,6 @@ _FIELD = re.compile(r"required field `(\w+)`|`\$\.(\w+)")
 """Where in an object msgspec found what it cannot read."""
 _FACT = re.compile(r"t:[1-9][0-9]{0,8}|(opened|ended|timeout|erased):[0-9]+")
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
-
-
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 

@@ -77,7 +77,7 @@ def _add_speed(commands: Any) -> None:
     growth.add_argument("--histories", default="0,50,200,500,2000", help="stored messages of a session (0,50,200,500,2000)")
     growth.add_argument("--streams", default="0,100,1000", help="open streams (0,100,1000)")
     growth.add_argument("--rounds", type=int, default=9, help="rounds, all sizes in turn (9)")
-    growth.add_argument("--seconds", type=float, default=5, help="seconds of each (5)")
+    growth.add_argument("--seconds", type=float, default=1.5, help="seconds of each (1.5)")
     growth.add_argument("--warm-up", type=float, default=2, help="seconds before that (2)")
     growth.set_defaults(run=measure_growth)
     flush = commands.add_parser("flush", help="how fast a worker is, beside bare inserts")

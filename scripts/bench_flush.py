@@ -132,9 +132,7 @@ async def _worker(servers: Servers, stores: Stores, turns: int) -> Flushed:
     connection = await asyncpg.connect(servers.postgres.url)
     redis, postgres = psutil.Process(servers.redis.pid), psutil.Process(servers.postgres.pid)
     launched = perf_counter()
-    running = gateway("worker", servers)
-    process_id = running.__enter__()
-    try:
+    with gateway("worker", servers) as process_id:
         worker = psutil.Process(process_id)
         while not (there := await connection.fetchval(STORED)):  # noqa: ASYNC110  # another process works
             await asyncio.sleep(0.005)
@@ -144,8 +142,6 @@ async def _worker(servers: Servers, stores: Stores, turns: int) -> Flushed:
             await asyncio.sleep(0.01)
         ended = perf_counter()
         after = [spent(one) for one in (worker, redis, postgres)]
-    finally:
-        running.__exit__(None, None, None)
     arrived = await connection.fetchval(STORED)
     if arrived != turns:
         raise RuntimeError(f"{arrived} turns are in Postgres, and not {turns}")

@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import msgspec
-from bench_measure import PRODUCTION, Result, Serving, load, measure, plan_for, serve, take_cores
+from bench_measure import PRODUCTION, Result, Serving, load, measure, plan_for, serve, take_cores, up_and_down
 from bench_results import Target, machine, print_targets, save
 from bench_seed import AGENT, DOMAIN, fill_gateway, session_id, token
 from bench_servers import Servers, own_servers
@@ -158,10 +158,8 @@ async def _measure(
         plan = plan_for(serving, one.numbers, connections=CONNECTIONS)
         await load(plan, options.warm_up)
         ready.append((serving, plan, list[Result]()))
-    for number in range(options.rounds):
-        for serving, plan, results in ready[:: -1 if number % 2 else 1]:
-            result, _began, _ended = await measure(serving, plan, 0, options.seconds)
-            results.append(result)
+    for serving, plan, results in up_and_down(ready, options.rounds):
+        results.append((await measure(serving, plan, 0, options.seconds)).result)
     return [results for _, _, results in ready]
 
 

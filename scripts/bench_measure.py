@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -54,6 +54,14 @@ class Result(msgspec.Struct):
     worker_ms: float
     pause_ms: float
     rate: float = 0
+
+
+class Span(NamedTuple):
+    """A measurement, and from when to when it went."""
+
+    result: Result
+    began: float
+    ended: float
 
 
 class Cpu(NamedTuple):
@@ -211,10 +219,17 @@ async def load(plan: Plan, seconds: float, rate: float = 0) -> Measured:
     return measured
 
 
-async def measure(
-    serving: Serving, plan: Plan, history: int, seconds: float, rate: float = 0
-) -> tuple[Result, float, float]:
-    """Loads a server that is warm; what came of it, and from when to when (see `add_pauses`)."""
+Item = TypeVar("Item")
+
+
+def up_and_down(items: Sequence[Item], rounds: int) -> Iterator[Item]:
+    """All in each round, in turn forwards and backwards: none comes always behind the same other one."""
+    for number in range(rounds):
+        yield from items if number % 2 == 0 else reversed(items)
+
+
+async def measure(serving: Serving, plan: Plan, history: int, seconds: float, rate: float = 0) -> Span:
+    """Loads a server that is warm; what came of it, without the pauses of its collector (`add_pauses`)."""
     before, began = cpu(serving), monotonic()
     measured = await load(plan, seconds, rate)
     after, ended = cpu(serving), monotonic()
@@ -236,14 +251,15 @@ async def measure(
         pause_ms=0,
         rate=rate,
     )
-    return result, began, ended
+    return Span(result, began, ended)
 
 
-def add_pauses(result: Result, began: float, ended: float, servers: Servers) -> Result:
-    """The longest pause of the collector, which a server writes down when it ends; not that of a server that is not ours."""
-    if result.row != "langgraph-dev":
-        result.pause_ms = longest_ms(servers.folder / "pauses", began, ended)
-    return result
+def add_pauses(span: Span, servers: Servers) -> Result:
+    """The measurement with the longest pause of its collector, which a server writes down when it ends; not that of a server
+    that is not ours."""
+    if span.result.row != "langgraph-dev":
+        span.result.pause_ms = longest_ms(servers.folder / "pauses", span.began, span.ended)
+    return span.result
 
 
 def cpu(serving: Serving) -> Cpu:

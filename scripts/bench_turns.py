@@ -24,12 +24,14 @@ from bench_measure import (
     STATELESS,
     Result,
     Serving,
+    Span,
     add_pauses,
     load,
     measure,
     plan_for,
     serve,
     take_cores,
+    up_and_down,
 )
 from bench_plot import plot
 from bench_results import Target, machine, print_targets, save
@@ -109,10 +111,6 @@ async def measure_turns(options: argparse.Namespace) -> None:
     print(f"\nin .bench: turns.json, turns.svg; took {(monotonic() - began) / 60:.0f} min")
 
 
-Span = tuple[Result, float, float]
-"""A measurement, and from when to when it went."""
-
-
 class Ready(NamedTuple):
     """A row that is served, and what its visitors send."""
 
@@ -133,27 +131,20 @@ async def _measure(
     with stores:
         with servers:
             ready = {row: await _serve(row, history, options, cores, stores, servers) for row in rows}
-            spans = [
-                await _slice(ready[row], history, options)
-                for number in range(options.rounds)
-                for row in (rows, rows[::-1])[number % 2]
-            ]
+            spans = [await _slice(ready[row], history, options) for row in up_and_down(rows, options.rounds)]
             paced = []
             if not options.no_paced and {"limit", "message"} <= set(rows):
-                closed_loop = median(span[0].turns_per_s for span in spans if span[0].row == "message")
+                closed_loop = median(one.turns_per_s for one, _, _ in spans if one.row == "message")
                 more = [await _slice(ready["message"], history, options, closed_loop) for _ in range(options.rounds)]
-                rate = SHARE * median(measured.turns_per_s for measured, _, _ in more)
-                paced = [
-                    await _slice(ready[row], history, options, rate)
-                    for _ in range(options.rounds)
-                    for row in ("limit", "message")
-                ]
+                rate = SHARE * median(one.turns_per_s for one, _, _ in more)
+                pair = up_and_down(("limit", "message"), options.rounds)
+                paced = [await _slice(ready[row], history, options, rate) for row in pair]
         # A server writes down its collector's pauses when it ends.
         return _with_pauses(spans, ready), _with_pauses(paced, ready)
 
 
 def _with_pauses(spans: Sequence[Span], ready: Mapping[str, Ready]) -> list[Result]:
-    return [add_pauses(*span, ready[span[0].row].serving.servers) for span in spans]
+    return [add_pauses(span, ready[span.result.row].serving.servers) for span in spans]
 
 
 async def _serve(
@@ -178,10 +169,10 @@ async def _serve(
 
 
 async def _slice(ready: Ready, history: int, options: argparse.Namespace, rate: float = 0) -> Span:
-    measured = await measure(ready.serving, ready.plan, history, options.seconds, rate)
+    span = await measure(ready.serving, ready.plan, history, options.seconds, rate)
     if options.verbose:
-        print(_line(measured[0]), flush=True)
-    return measured
+        print(_line(span.result), flush=True)
+    return span
 
 
 async def _assert_durable(servers: Servers) -> None:
@@ -271,29 +262,25 @@ def targets(results: Sequence[Result], paced_results: Sequence[Result], trips: R
         rounds.setdefault((one.row, one.history), []).append(one.turns_per_s)
     found = []
 
-    def ratio(history: int, other: str, least: float) -> None:
+    def ratio(history: int, other: str, least: float) -> float | None:
         ours, theirs = rounds.get(("message", history)), rounds.get((other, history))
-        if ours and theirs:
-            times = median(our / their for our, their in zip(ours, theirs, strict=True))
-            found.append(Target.at_least(f"turns/s at history {history}, times {ROWS[other]}", times, least))
+        if not ours or not theirs:
+            return None
+        times = median(our / their for our, their in zip(ours, theirs, strict=True))
+        found.append(Target.at_least(f"turns/s at history {history}, times {ROWS[other]}", times, least))
+        return times
 
     ratio(0, "limit", 0.70)
-    ratio(50, "limit", 0.60)
-    ratio(200, "limit", 0.60)
-    medians, paced = _medians(results), _medians(paced_results)
-    shares = {
-        one.history: one.turns_per_s / limit.turns_per_s
-        for one in medians
-        for limit in medians
-        if (one.row, limit.row) == ("message", "limit") and one.history == limit.history
-    }
-    if {50, 200} <= set(shares):
+    at_50, at_200 = ratio(50, "limit", 0.60), ratio(200, "limit", 0.60)
+    if at_50 and at_200:
+        # They were measured minutes apart.
         words = "turns/s at history 200, times itself at 50 (each as a part of the limit beside it)"
-        found.append(Target.at_least(words, shares[200] / shares[50], 0.95))
+        found.append(Target.at_least(words, at_200 / at_50, 0.95))
     ratio(50, "first", 3)
     ratio(200, "first", 5)
     ratio(50, "saver-exit", 2)
     ratio(50, "langgraph-dev", 5)
+    medians, paced = _medians(results), _medians(paced_results)
     limits = {one.history: one for one in paced if one.row == "limit"}
     for one in paced:
         if one.row == "message":

@@ -72,6 +72,7 @@ def address_of(request: Request) -> str:
 
 def known_operator(request: Request) -> Operator | None:
     """The operator who makes this request, if the gatekeeper has found that one does."""
+    # Not by request.state, which makes an object to hold what nearly no request has.
     operator: Operator | None = request.scope.get("state", {}).get("operator")
     return operator
 

@@ -43,8 +43,11 @@ class Site:
         self.keys = Keys("gw", 1)
         chance = Random(f"links {options.seed}")
         self.eviction = options.eviction
-        config = {"appendfsync": options.appendfsync, "maxmemory-policy": options.eviction}
-        config["latency-monitor-threshold"] = STALL_MS
+        config = {
+            "appendfsync": options.appendfsync,
+            "maxmemory-policy": options.eviction,
+            "latency-monitor-threshold": STALL_MS,
+        }
         self.redis = RedisServer(directory / "redis", free_port(), config=config)
         self.postgres = PostgresServer(directory / "postgres", free_port(), database="gateway")
         self.redis_links: list[Link] = []

@@ -3,6 +3,7 @@
 import asyncio
 from time import monotonic, time
 
+from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from tests.chaos.ledger import DiskStall, Ledger
@@ -43,16 +44,16 @@ async def watch_redis(site: Site, ledger: Ledger) -> None:
             wrong = await site.client.eval(LOOK, 2 + len(sessions), outbox, counter, *sessions)
             ledger.left_over += [text.decode() for text in wrong]
             ledger.looks += 1
-            await note_disk_stalls(site, ledger)
+            await note_disk_stalls(site.client, ledger)
         except (RedisError, OSError):
             # It is away by a fault.
             pass
         await asyncio.sleep(EVERY_S)
 
 
-async def note_disk_stalls(site: Site, ledger: Ledger) -> None:
+async def note_disk_stalls(client: Redis, ledger: Ledger) -> None:
     """What Redis itself has noted about writing its append-only file and waiting for that to be on the disk; what scripts
     and commands take is noted under other names, and excuses nobody. Of several in the same second it keeps the longest."""
     for event in ("aof-fsync-always", "aof-write", "aof-write-pending-fsync", "aof-write-alone"):
-        for second, took_ms in await site.client.latency_history(event):
+        for second, took_ms in await client.latency_history(event):
             ledger.disk_stalls[event, second] = DiskStall(second - time() + monotonic(), took_ms / 1000)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,22 +10,17 @@ from redis.asyncio import Redis
 from gateway.servers import RedisServer, free_port
 from tests.chaos.faults import Window
 from tests.chaos.ledger import Conversation, DiskStall, Ledger, Message
-from tests.chaos.site import Site
 from tests.chaos.unavailability import limits_broken, seen
 from tests.chaos.watch import note_disk_stalls
 
 KILLED = Window(("pod-killed",), began_at=100, mended_at=102, calm_at=107, ended_at=107, victims={"hit"})
-BUSY = "local sum = 0 for i = 1, 50000000 do sum = sum + i end return sum"
 DELAYED = Window(("replies-delayed",), began_at=107, mended_at=111, calm_at=113, ended_at=113)
+BUSY = "local sum = 0 for i = 1, 50000000 do sum = sum + i end return sum"
 
 
-def waited(
-    session_id: str, sent_at: float, answered_at: float, failed_at: float = 0, stall: DiskStall | None = None
-) -> list[str]:
+def waited(session_id: str, sent_at: float, answered_at: float, stall: DiskStall | None = None) -> list[str]:
     """The limits that one answered message breaks."""
     message = Message(1, "", 0, sent_at, answer="yes", answered_at=answered_at)
-    if failed_at:
-        message.failures.append((failed_at, "", 0))
     ledger = Ledger()
     ledger.conversations.append(Conversation(session_id, "", "usual", messages=[message]))
     if stall:
@@ -74,12 +68,11 @@ def server(tmp_path: Path) -> Iterator[RedisServer]:
 async def test_redis_tells_what_its_disk_took_from_what_commands_took(server: RedisServer) -> None:
     ledger = Ledger()
     async with Redis(port=server.port) as client:
-        site = cast(Site, SimpleNamespace(client=client))
         await cast(Any, client).eval(BUSY, 0)
-        await note_disk_stalls(site, ledger)
+        await note_disk_stalls(client, ledger)
         assert [second for second, took_ms in await client.latency_history("command") if took_ms >= 50]
         assert not ledger.disk_stalls, "a slow command excuses nobody"
         for _ in range(30):
             await client.set("key", b"x" * 1_000_000)
-        await note_disk_stalls(site, ledger)
+        await note_disk_stalls(client, ledger)
     assert ledger.disk_stalls, "thirty megabytes were on the disk within a millisecond each"
