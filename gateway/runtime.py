@@ -28,6 +28,7 @@ from langgraph.graph import StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.pregel import Pregel
 from langgraph.types import Overwrite
+from pydantic import BaseModel
 
 from gateway.domains import normal_domain
 from gateway.logs import frames
@@ -176,7 +177,7 @@ class Graphs:
         if graph is None:
             raise GraphNotConfigured(f"graph: {agent.definition.graph}")
         history = [_TO_LANGCHAIN[message.role](message.content, message.id) for message in graph_input.history]
-        messages: Any = [*history, HumanMessage(graph_input.user_input, id=graph_input.message_uuid)]
+        messages: Any = [*history, _TO_LANGCHAIN["user"](graph_input.user_input, graph_input.message_uuid)]
         # Copies: what a graph changes in place is compared with what it was given.
         given_context, given_metadata = copy.deepcopy((graph_input.context, graph_input.metadata))
         state: Any = {
@@ -212,7 +213,7 @@ class Graphs:
             log.error("graph.failed", graph=agent.definition.graph, error=type(error).__name__, frames=frames(error))
             raise GraphFailed from error
         try:
-            return _output(output, graph_input, {message.id for message in history} | {graph_input.message_uuid})
+            return _output(output, graph_input)
         except Exception as error:
             if isinstance(error, GraphInvalidOutput):
                 raise
@@ -247,15 +248,19 @@ def message_maker(kind: type[BaseMessage]) -> Callable[[str, str], BaseMessage]:
     """What makes LangChain's messages of a kind from content and id: equal to those of its constructor, at half its cost.
 
     A constructor validates anew what has been stored as text, for each message of the history in each turn. These are made
-    from the state of an empty message, as pickle would; each gets containers of its own, or what a graph adds to a message
+    by filling in a message's slots, as unpickling would; each gets containers of its own, or what a graph adds to a message
     of one visitor would be in those of all.
     """
     state = kind(content="", id="").__getstate__()
     fields = state["__dict__"]
     containers = [(name, type(value)) for name, value in fields.items() if not _is_immutable(value)]
-    if any(fields[name] != container() for name, container in containers) or state["__pydantic_extra__"]:
+    beside = (state["__pydantic_extra__"], state["__pydantic_private__"])
+    if any(fields[name] != container() for name, container in containers) or beside != ({}, None):
         raise TypeError(f"{kind.__name__} begins with more than empty containers")
     new = kind.__new__
+    slots = vars(BaseModel)
+    set_fields, set_names = slots["__dict__"].__set__, slots["__pydantic_fields_set__"].__set__
+    set_extra, set_private = slots["__pydantic_extra__"].__set__, slots["__pydantic_private__"].__set__
 
     def make(content: str, message_id: str) -> BaseMessage:
         own = fields.copy()
@@ -264,9 +269,10 @@ def message_maker(kind: type[BaseMessage]) -> Callable[[str, str], BaseMessage]:
         own["content"] = content
         own["id"] = message_id
         message = new(kind)
-        message.__setstate__(
-            {**state, "__dict__": own, "__pydantic_fields_set__": {"content", "id"}, "__pydantic_extra__": {}}
-        )
+        set_fields(message, own)
+        set_names(message, {"content", "id"})
+        set_extra(message, {})
+        set_private(message, None)
         return message
 
     return make
@@ -283,11 +289,12 @@ _TO_LANGCHAIN: dict[str, Callable[[str, str], BaseMessage]] = {
 }
 
 
-def _output(output: Any, graph_input: GraphInput, given: set[str | None]) -> GraphOutput:
+def _output(output: Any, graph_input: GraphInput) -> GraphOutput:
     """What a turn needs of a graph's final state, checked."""
     if not isinstance(output, dict):
         raise GraphInvalidOutput(f"the graph's state is {type(output).__name__}, not a dict")
     messages = output.get("messages")
+    given = {graph_input.message_uuid, *[message.id for message in graph_input.history]}
     answers = [
         message
         for message in (messages if isinstance(messages, list) else [])

@@ -10,7 +10,7 @@ A turn belongs to the application, not to the request that asked for it: a visit
 import asyncio
 import random
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from hashlib import sha256
 from time import monotonic
 from typing import Annotated, Any, Literal, NoReturn, Protocol, TypeVar
@@ -46,7 +46,7 @@ from persistence.connection import retrieve
 from persistence.errors import PersistenceError, RedisUnavailable
 from persistence.events import EventLogs, Following
 from persistence.logs import Part
-from persistence.records import Channel, Message, Turn, iso
+from persistence.records import Channel, ChatMessage, Message, Turn, iso
 from persistence.sessions import (
     Absent,
     Access,
@@ -109,7 +109,7 @@ class TurnResult(msgspec.Struct):
 class GraphInput(msgspec.Struct):
     """What a graph is given: the history, oldest first, and the new message with its UUID."""
 
-    history: list[Message]
+    history: Sequence[ChatMessage]
     user_input: str
     message_uuid: str
     context: dict[str, Any]
@@ -435,10 +435,9 @@ class Turns:
         started = monotonic()
         turn.session_uuid, turn.number, turn.fence = session.id, session.turns + 1, begun.fence
         writer = self._open_log(turn)
-        history = [message for past in begun.turns for message in past.messages]
         channel = request.channel or session.channel
         graph_input = GraphInput(
-            history=history[-definition.history_window :] if definition.history_window else [],
+            history=begun.history[-definition.history_window :] if definition.history_window else [],
             user_input=request.message,
             message_uuid=str(uuid7()),
             context=session.context,

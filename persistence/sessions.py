@@ -14,6 +14,7 @@ from persistence.errors import Damaged
 from persistence.keys import GROUP, Keys, masked
 from persistence.logs import Part, log_arguments
 from persistence.records import (
+    ChatMessage,
     Session,
     Turn,
     decode_hash,
@@ -87,14 +88,13 @@ class NewSession(msgspec.Struct, frozen=True):
 
 
 class Begun(msgspec.Struct):
-    """The turn holds the session. `now_ms` is Redis' clock, `turns` the newest ones, oldest first, the first numbered
-    `first`. The rate limit is charged for `rate_ahead_ms`: more than its whole time if it would have refused the turn."""
+    """The turn holds the session. `now_ms` is Redis' clock, `history` the messages of the newest turns, oldest first. The
+    rate limit is charged for `rate_ahead_ms`: more than its whole time if it would have refused the turn."""
 
     fence: int
     now_ms: int
     session: Session
-    first: int
-    turns: list[Turn]
+    history: list[ChatMessage]
     rate_ahead_ms: int = 0
 
 
@@ -239,12 +239,12 @@ class SessionStore:
                     # Something ended the turn between the script and the reading: the script knows what to say of it.
                     return await self.begin(session_id, turn_id, access, policy, message_id=message_id, digest=digest)
                 try:
-                    session, first, turns = decode_hash(fields, policy.hot_turns, where)
+                    session, history = decode_hash(fields, policy.hot_turns, where)
                 except Damaged:
                     # Nobody knows of the turn yet: the session stays as it was found.
                     await self.abort(session_id, turn_id, int(fence))
                     raise
-                return Begun(int(fence), int(now_ms), session, first, turns, rate_ahead_ms)
+                return Begun(int(fence), int(now_ms), session, history, rate_ahead_ms)
             case ["absent", ticket]:
                 return Absent(ticket)
             case ["replay", number, header, turn]:

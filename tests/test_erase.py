@@ -21,6 +21,7 @@ from persistence.postgres import Transaction
 from persistence.records import Message, Turn, iso
 from persistence.sessions import Absent, Access, Begun, Refused
 from persistence.worker import Worker
+from tests.support.layer import new_turn
 from tests.support.rule import all_keys
 from tests.support.serving import wait_for
 from tests.support.stored import (
@@ -146,10 +147,9 @@ async def test_erasing_twice_is_harmless(stores: Stores, flush: Flush, rows: Row
 
 async def test_a_turn_that_runs_meanwhile_is_not_committed(stores: Stores, flush: Flush, rows: Rows) -> None:
     await say(stores, SESSION_ID)
-    _, begun = await begin(stores, SESSION_ID)
+    turn_id, begun = await begin(stores, SESSION_ID)
     session_uuid = await erase(stores)
-    turn = begun.turns[-1]
-    assert await stores.sessions.commit(begun, turn, POLICY) is None
+    assert await stores.sessions.commit(begun, new_turn(begun, turn_id), POLICY) is None
     await flush()
     await assert_gone(stores, rows, session_uuid)
 

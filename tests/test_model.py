@@ -23,7 +23,7 @@ from persistence.outbox import DeadLetter
 from persistence.records import Record, Session, Turn, decode_record, iso
 from persistence.scripts import Scripts
 from persistence.sessions import Absent, Begun, Busy, Committed, Opened, Refused, Replay, Snapshot, TurnPolicy
-from tests.support.layer import ACCESS, Layer, new_id, new_session, new_turn
+from tests.support.layer import ACCESS, Layer, chat_messages, new_id, new_session, new_turn
 from tests.support.rule import miscounts
 
 Outcome = TypeVar("Outcome")
@@ -195,10 +195,10 @@ class Machine(RuleBasedStateMachine):
             assert isinstance(outcome, Begun)
             assert outcome.fence > self.fence
             self.fence = outcome.fence
-            assert outcome.turns == one.turns[-HOT:]
+            assert outcome.history == chat_messages(one.turns[-HOT:])
             again = await self.layer.sessions.begin(one.session_id, turn_id, ACCESS, POLICY, message_id=message_id)
             assert isinstance(again, Begun)
-            assert (again.fence, again.session, again.turns) == (outcome.fence, outcome.session, outcome.turns)
+            assert (again.fence, again.session, again.history) == (outcome.fence, outcome.session, outcome.history)
             one.holder = outcome, turn_id + "/" + message_id
 
     @rule(which=WHICH, twice=st.booleans())

@@ -45,6 +45,7 @@ from tests.support.layer import (
     OPERATOR,
     POLICY,
     Layer,
+    chat_messages,
     new_id,
     new_session,
     new_turn,
@@ -181,8 +182,7 @@ async def test_a_turn_gets_the_session_and_its_newest_turns(layer: Layer) -> Non
     session_id = (await layer.open()).session_id
     turns = [await layer.chat(session_id, f"message {n}") for n in range(1, 6)]
     begun, _ = await layer.begin(session_id, policy=with_policy(hot_turns=3))
-    assert begun.first == 3
-    assert begun.turns == turns[2:]
+    assert begun.history == chat_messages(turns[2:])
     assert begun.session.message_count == 10
     assert abs(begun.now_ms - await layer.redis_ms()) < 5000
 
@@ -752,7 +752,7 @@ async def test_a_hydrated_session_goes_on_where_it_was(layer: Layer) -> None:
     assert (hot.session, hot.turns, hot.first_hot, hot.flushed) == (snapshot.session, snapshot.turns, 1, 3)
     assert 59_000 < hot.ttl_ms <= 60_000
     begun, _ = await layer.begin(session_id)
-    assert begun.turns == snapshot.turns
+    assert begun.history == chat_messages(snapshot.turns)
     replayed = await layer.sessions.begin(session_id, "x", ACCESS, POLICY, message_id="m0")
     assert isinstance(replayed, Replay)
 
@@ -763,7 +763,7 @@ async def test_a_session_is_hydrated_with_its_newest_turns_only(layer: Layer) ->
     part = Snapshot(snapshot.session, 4, snapshot.turns[3:])
     assert await layer.sessions.hydrate(part, await ticket_for(layer, session_id), 60)
     begun, turn_id = await layer.begin(session_id)
-    assert (begun.first, begun.turns) == (4, snapshot.turns[3:])
+    assert begun.history == chat_messages(snapshot.turns[3:])
     await layer.commit(begun, new_turn(begun, turn_id))
     hot = await layer.read(session_id)
     assert (hot.first_hot, hot.session.turns, len(hot.turns)) == (4, 6, 3)

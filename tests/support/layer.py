@@ -1,6 +1,6 @@
 """The Redis layer alone, for tests: no HTTP and no Postgres. What was flushed is what the test took off the outbox."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
@@ -10,7 +10,7 @@ from uuid_utils.compat import uuid7
 from persistence.connection import Client, check_server, connect
 from persistence.keys import Keys
 from persistence.outbox import Outbox
-from persistence.records import Message, Record, Session, Turn, decode_record, iso
+from persistence.records import ChatMessage, Message, Record, Session, Turn, decode_record, iso
 from persistence.scripts import Scripts
 from persistence.sessions import Absent, Access, Begun, Committed, Hot, NewSession, Opened, SessionStore, TurnPolicy
 from tests.support.rule import all_keys, breaches
@@ -55,6 +55,11 @@ def new_turn(begun: Begun, turn_id: str, message_id: str = "", text: str = "Hell
         Message(str(uuid7()), "assistant", f"You said: {text}", at),
     ]
     return Turn(turn_id, message_id or None, begun.session.message_count + 1, messages)
+
+
+def chat_messages(turns: Sequence[Turn]) -> list[ChatMessage]:
+    """What of these turns a graph is given."""
+    return [ChatMessage(message.id, message.role, message.content) for turn in turns for message in turn.messages]
 
 
 class Layer:
