@@ -22,7 +22,7 @@ log = structlog.get_logger()
 
 BATCH = 1000
 """Records taken at once, and `PART` those of one transaction: larger ones would keep Redis from visitors for too long."""
-PART = 250
+PART = 500
 IN_HAND = 2
 """Batches of a partition that are on their way at once: the next one is taken while Postgres works at one."""
 FLUSH_EVERY_S = 0.2
