@@ -176,9 +176,10 @@ class Graphs:
         graph = self._graphs.get(agent.definition.graph)
         if graph is None:
             raise GraphNotConfigured(f"graph: {agent.definition.graph}")
-        history = [_TO_LANGCHAIN[message.role](message.content, message.id) for message in graph_input.history]
-        messages: Any = [*history, _TO_LANGCHAIN["user"](graph_input.user_input, graph_input.message_uuid)]
+        given = [_TO_LANGCHAIN[message.role](message.content, message.id) for message in graph_input.history]
+        given.append(_TO_LANGCHAIN["user"](graph_input.user_input, graph_input.message_uuid))
         # Copies: what a graph changes in place is compared with what it was given.
+        messages: Any = given.copy()
         given_context, given_metadata = copy.deepcopy((graph_input.context, graph_input.metadata))
         state: Any = {
             "messages": Overwrite(messages) if agent.definition.graph in self._take_lists else messages,
@@ -213,7 +214,7 @@ class Graphs:
             log.error("graph.failed", graph=agent.definition.graph, error=type(error).__name__, frames=frames(error))
             raise GraphFailed from error
         try:
-            return _output(output, graph_input)
+            return _output(output, graph_input, given)
         except Exception as error:
             if isinstance(error, GraphInvalidOutput):
                 raise
@@ -289,17 +290,11 @@ _TO_LANGCHAIN: dict[str, Callable[[str, str], BaseMessage]] = {
 }
 
 
-def _output(output: Any, graph_input: GraphInput) -> GraphOutput:
-    """What a turn needs of a graph's final state, checked."""
+def _output(output: Any, graph_input: GraphInput, given: Sequence[BaseMessage]) -> GraphOutput:
+    """What a turn needs of a graph's final state, checked. `given` are the messages that it was given."""
     if not isinstance(output, dict):
         raise GraphInvalidOutput(f"the graph's state is {type(output).__name__}, not a dict")
-    messages = output.get("messages")
-    given = {graph_input.message_uuid, *[message.id for message in graph_input.history]}
-    answers = [
-        message
-        for message in (messages if isinstance(messages, list) else [])
-        if isinstance(message, AIMessage) and message.id not in given
-    ]
+    answers = _added(output.get("messages"), graph_input, given)
     text = output.get("agent_response")
     if text is None or text == "":
         if not answers:
@@ -317,6 +312,20 @@ def _output(output: Any, graph_input: GraphInput) -> GraphOutput:
         tokens_used=_tokens(answers),
         model_used=_model(answers),
     )
+
+
+def _added(messages: Any, graph_input: GraphInput, given: Sequence[BaseMessage]) -> list[AIMessage]:
+    """A model's messages among a graph's final ones that are none of those it was given."""
+    if not isinstance(messages, list):
+        return []
+    known = 0
+    for message, before in zip(messages, given, strict=False):
+        # Nearly always a graph adds at the end.
+        if message is not before:
+            break
+        known += 1
+    ids = {graph_input.message_uuid, *[message.id for message in graph_input.history]}
+    return [message for message in messages[known:] if isinstance(message, AIMessage) and message.id not in ids]
 
 
 def _object(output: dict[str, Any], name: str) -> dict[str, Any] | None:

@@ -23,8 +23,8 @@ log = structlog.get_logger()
 BATCH = 1000
 """Records taken at once, and `PART` those of one transaction: larger ones would keep Redis from visitors for too long."""
 PART = 500
-IN_HAND = 2
-"""Batches of a partition that are on their way at once: the next one is taken while Postgres works at one."""
+IN_HAND = 3
+"""Batches of a partition that are on their way at once: the next ones are taken while Postgres works at one."""
 FLUSH_EVERY_S = 0.2
 """A flush begins not sooner after the one before, unless batches are full: a transaction costs the same for few records as
 for many, and a record waits a fifth of a second at most."""

@@ -7,7 +7,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from gateway.api.agents import AgentAnswer, AgentList, AgentsApi
 from gateway.api.chat import (
@@ -268,15 +268,17 @@ def routes(table: Sequence[Endpoint]) -> list[Route]:
     by_path: dict[str, dict[str, Handler]] = {}
     for endpoint in table:
         by_path.setdefault(endpoint.path, {})[endpoint.method] = endpoint.handler
-    return [_Path(path, _by_method(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
+    return [_Path(path, _Resource(handlers), methods=list(handlers)) for path, handlers in by_path.items()]
 
 
-def _by_method(handlers: dict[str, Handler]) -> Handler:
-    if len(handlers) == 1:
-        return next(iter(handlers.values()))
+class _Resource:
+    """What answers at a path, by method. An ASGI application: around a function Starlette would handle exceptions twice."""
 
-    async def handle(request: Request) -> Response:
-        method = "GET" if request.method == "HEAD" else request.method
-        return await handlers[method](request)
+    def __init__(self, handlers: dict[str, Handler]) -> None:
+        self._handlers = handlers
+        if "GET" in handlers:
+            self._handlers = {"HEAD": handlers["GET"], **handlers}
 
-    return handle
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._handlers[scope["method"]](Request(scope, receive, send))
+        await response(scope, receive, send)
