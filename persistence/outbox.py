@@ -10,6 +10,7 @@ import msgspec
 
 from persistence.connection import gather_bounded
 from persistence.keys import GROUP, Keys
+from persistence.lines import Argument
 from persistence.records import Record
 from persistence.scripts import Scripts
 
@@ -55,19 +56,20 @@ class Outbox:
     async def take(self, partition: int, count: int, *, claim: bool = False, after: bytes = b"0") -> Taken:
         """Up to `count` records: this consumer's own pending ones behind the entry `after`; if none, new ones, with dead
         workers' if `claim`."""
-        reply = await self._scripts.run(
-            "take",
-            "",
-            [self._keys.outbox(partition)],
-            {
-                "group": GROUP,
-                "consumer": self._consumer,
-                "count": count,
-                "claim_idle_ms": CLAIM_IDLE_MS if claim else 0,
-                "after": after,
-            },
+        outbox = self._keys.outbox(partition)
+        arguments: dict[str, Argument] = {"group": GROUP, "consumer": self._consumer, "count": count, "after": after}
+        claim_idle_ms = CLAIM_IDLE_MS if claim else 0
+        where, deleted = await self._scripts.run("take", "", [outbox], {**arguments, "claim_idle_ms": claim_idle_ms})
+        if where == "nothing":
+            return Taken([], deleted)
+        read = ("XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count, "STREAMS", outbox)
+        # The script once more, for its echo: what it says then is of no interest.
+        streams = await self._scripts.read_and_run(
+            (*read, after if where == "pending" else ">"), "take", "", [outbox], {**arguments, "claim_idle_ms": 0}
         )
-        return Taken([(entry, fields) for entry, fields in reply[1]], reply[2])
+        # What is pending and was deleted comes without fields.
+        entries = streams[0][1] if streams else []
+        return Taken([(entry, _flat(fields)) for entry, fields in entries if fields], deleted)
 
     async def leave(self, partition: int, entries: Sequence[bytes]) -> None:
         """Leaves records that were taken to whichever worker claims next; this one goes on with what is behind them."""
@@ -161,6 +163,11 @@ class Outbox:
     async def _range(self, key: str, limit: int) -> list[tuple[bytes, list[bytes]]]:
         reply = await self._scripts.command("XRANGE", key, "-", "+", "COUNT", limit, timeout_s=5)
         return [(entry, fields) for entry, fields in reply]
+
+
+def _flat(fields: list[bytes] | dict[bytes, bytes]) -> list[bytes]:
+    # redis-py's client of a cluster makes a dict of them.
+    return list(chain.from_iterable(fields.items())) if isinstance(fields, dict) else fields
 
 
 def _pairs(fields: Sequence[bytes]) -> Iterable[tuple[bytes, bytes]]:

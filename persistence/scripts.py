@@ -74,8 +74,7 @@ class Scripts:
 
         Raises RedisUnavailable (ForeignReply when the echo is wrong), Damaged when the script found a field it can't use.
         """
-        (reply,) = await self._run(name, session_id, keys, arguments, timeout_s)
-        return list(reply)
+        return (await self._run(name, session_id, keys, arguments, timeout_s))[0]
 
     async def run_and_read(
         self, name: str, session_id: str, keys: Sequence[str], arguments: Mapping[str, Argument], timeout_s: float = 1.8
@@ -84,7 +83,7 @@ class Scripts:
 
         The hash's echo is its session_id. It is read a moment later: who needs what the script wrote looks for it.
         """
-        reply, fields = await self._run(name, session_id, keys, arguments, timeout_s, ("HGETALL", keys[0]))
+        reply, fields = await self._run(name, session_id, keys, arguments, timeout_s, behind=("HGETALL", keys[0]))
         if isinstance(fields, ResponseError):
             raise refusal(fields) from fields
         if isinstance(fields, list):  # the client of a cluster makes a dict of it
@@ -93,6 +92,25 @@ class Scripts:
             await self._refuse_foreign(name)
         return reply, fields
 
+    async def read_and_run(
+        self,
+        command: Command,
+        name: str,
+        session_id: str,
+        keys: Sequence[str],
+        arguments: Mapping[str, Argument],
+        timeout_s: float = 1.8,
+    ) -> Any:
+        """The reply to a plain command, behind which a script runs in the same round trip.
+
+        That the script's echo is where it belongs proves that the reply before it is the command's own. Both may run twice.
+        Raises as `run` does.
+        """
+        _, reply = await self._run(name, session_id, keys, arguments, timeout_s, before=command)
+        if isinstance(reply, ResponseError):
+            raise refusal(reply) from reply
+        return reply
+
     async def _run(
         self,
         name: str,
@@ -100,9 +118,11 @@ class Scripts:
         keys: Sequence[str],
         arguments: Mapping[str, Argument],
         timeout_s: float,
-        *more: Command,
-    ) -> list[Any]:
-        """The script's reply, without its echo, and the replies to `more`."""
+        *,
+        before: Command | None = None,
+        behind: Command | None = None,
+    ) -> tuple[list[Any], Any]:
+        """The script's reply, without its echo, and the reply to a command that is sent before it or behind it."""
         nonce = f"{self._nonce_head}-{next(self._nonce_tail)}"
         order = self._orders[name]
         tail: list[Argument]
@@ -113,7 +133,7 @@ class Scripts:
             tail = [*keys, "session_id", session_id, "nonce", nonce]
             for pair in arguments.items():
                 tail += pair
-        reply, *others = await self._evaluate(name, len(keys), tail, timeout_s, *more)
+        reply, other = await self._evaluate(name, len(keys), tail, timeout_s, before, behind)
         if isinstance(reply, ResponseError):
             # An error has no echo. One that a script met says where in it; others belong to another command.
             error = refusal(reply)
@@ -125,7 +145,7 @@ class Scripts:
         if word == "damaged":
             field = reply[3].decode(errors="replace")
             raise Damaged(f"session {masked(session_id)}", field, "is missing or unreadable in Redis")
-        return [[word, *reply[3:]], *others]
+        return [word, *reply[3:]], other
 
     async def _refuse_foreign(self, name: str) -> NoReturn:
         self.foreign_replies += 1
@@ -148,9 +168,19 @@ class Scripts:
         return (await self.run("command", "", [key], {"command": command, **numbered}, timeout_s))[1]
 
     async def _evaluate(
-        self, name: str, key_count: int, tail: list[Argument], timeout_s: float, *more: Command
-    ) -> list[Any]:
-        replies = await self._lines.ask([("EVALSHA", self._digests[name], key_count, *tail), *more], timeout_s)
-        if isinstance(replies[0], NoScriptError):
-            replies = await self._lines.ask([("EVAL", self._texts[name], key_count, *tail), *more], timeout_s)
-        return replies
+        self,
+        name: str,
+        key_count: int,
+        tail: list[Argument],
+        timeout_s: float,
+        before: Command | None = None,
+        behind: Command | None = None,
+    ) -> tuple[Any, Any]:
+        """The replies to the script, and to the command before or behind it."""
+        for word, script in (("EVALSHA", self._digests[name]), ("EVAL", self._texts[name])):
+            commands = [before, (word, script, key_count, *tail), behind]
+            replies = await self._lines.ask([command for command in commands if command is not None], timeout_s)
+            reply, other = replies[::-1] if before is not None else (*replies, None)[:2]
+            if not isinstance(reply, NoScriptError):
+                break
+        return reply, other

@@ -112,6 +112,29 @@ async def test_without_the_check_another_session_is_shown(behind: Layer, proxy: 
     assert tells(await read(trusting, reader)) == victim
 
 
+@pytest.mark.parametrize("checked", [True, False])
+async def test_a_reply_ahead_of_that_to_a_plain_command_is_not_taken_for_it(
+    behind: Layer, proxy: Proxy, checked: bool
+) -> None:
+    """Control: without the check of the echo behind it, it is."""
+    session_id = (await behind.open()).session_id
+    scripts, live = behind.scripts if checked else TrustingScripts(behind.client), behind.keys.live(0)
+
+    async def ask() -> Any:
+        command = ("ZRANGE", live, 0, -1)
+        return await scripts.read_and_run(command, "command", "", [live], {"command": "EXISTS"})
+
+    assert await ask() == [session_id.encode()]
+    proxy.plant, proxy.plants = b"*1\r\n$5\r\nother\r\n", 1
+    if checked:
+        with pytest.raises(ForeignReply):
+            await ask()
+        assert await ask() == [session_id.encode()]
+    else:
+        assert await ask() == [b"other"]
+    assert scripts.foreign_replies == (1 if checked else 0)
+
+
 async def test_an_older_reply_about_the_same_session_fails_the_call_too(behind: Layer, proxy: Proxy) -> None:
     """The session alone does not prove it: the answer may be to an older question."""
     session_id = (await behind.open()).session_id

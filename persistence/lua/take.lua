@@ -1,41 +1,33 @@
 #!lua flags=allow-oom
--- Takes records from an outbox for a worker: first what this consumer took and did not acknowledge, whatever the reason (an
--- error, a restart, a reply that was lost); when there is nothing of that, what dead workers left, and new ones. What it took
--- up to an entry, and has in hand, is passed over.
+-- Says where a worker reads on in an outbox: first what this consumer took and did not acknowledge, whatever the reason (an
+-- error, a restart, a reply that was lost); when there is nothing of that, what dead workers left, and new records. What it took
+-- up to an entry, and has in hand, is passed over. The records are read beside this script (outbox.py): through Lua it takes
+-- Redis four times as long.
 --
 -- KEYS 1 outbox stream
 -- ARGV session_id ('' : the reply is about no session), nonce, group, consumer, count, claim_idle_ms (0: claim nothing), after
 --      (an entry's id; 0: nothing is in hand)
--- replies taken, session_id, nonce, entries as {id, {field, value, ...}}, ids that XAUTOCLAIM found deleted
+-- replies pending, session_id, nonce, ids that XAUTOCLAIM found deleted: the consumer has records behind `after`
+--         new, the same: there may be some that nobody has
+--         nothing, the same
 local outbox_key = KEYS[1]
 local args = named(ARGV)
 
-local entries, deleted = {}, {}
-local function read(from)
-  local function group()
-    return redis.pcall('XREADGROUP', 'GROUP', args.group, args.consumer, 'COUNT', args.count - #entries,
-      'STREAMS', outbox_key, from)
-  end
-  local got = group()
-  if got and got.err and string.find(got.err, 'NOGROUP') then
-    -- A Redis that has come back empty.
-    redis.call('XGROUP', 'CREATE', outbox_key, args.group, '0', 'MKSTREAM')
-    got = group()
-  end
-  if got and got.err then return got end
-  for _, entry in ipairs(got and got[1][2] or {}) do
-    if entry[2] then entries[#entries + 1] = entry end
-  end
+local function pending()
+  local from = args.after == '0' and '-' or '(' .. args.after
+  return redis.pcall('XPENDING', outbox_key, args.group, from, '+', 1, args.consumer)
 end
-
-local failed = read(args.after)
-if not failed and #entries == 0 then
-  if args.claim_idle_ms ~= '0' then
-    local claimed = redis.call('XAUTOCLAIM', outbox_key, args.group, args.consumer, args.claim_idle_ms, '0-0',
-      'COUNT', args.count)
-    entries, deleted = claimed[2], claimed[3]
-  end
-  if #entries < tonumber(args.count) then failed = read('>') end
+local held, deleted = pending(), {}
+if held.err and string.find(held.err, 'NOGROUP') then
+  -- A Redis that has come back empty.
+  redis.call('XGROUP', 'CREATE', outbox_key, args.group, '0', 'MKSTREAM')
+  held = pending()
 end
-if failed then return failed end
-return {'taken', args.session_id, args.nonce, entries, deleted}
+if held.err then return held end
+if #held == 0 and args.claim_idle_ms ~= '0' then
+  local claimed = redis.call('XAUTOCLAIM', outbox_key, args.group, args.consumer, args.claim_idle_ms, '0-0',
+    'COUNT', args.count, 'JUSTID')
+  held, deleted = claimed[2], claimed[3]
+end
+local word = #held > 0 and 'pending' or redis.call('XLEN', outbox_key) > 0 and 'new' or 'nothing'
+return {word, args.session_id, args.nonce, deleted}
