@@ -62,14 +62,16 @@ class Outbox:
         where, deleted = await self._scripts.run("take", "", [outbox], {**arguments, "claim_idle_ms": claim_idle_ms})
         if where == "nothing":
             return Taken([], deleted)
-        read = ("XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count, "STREAMS", outbox)
-        # The script once more, for its echo: what it says then is of no interest.
-        streams = await self._scripts.read_and_run(
-            (*read, after if where == "pending" else ">"), "take", "", [outbox], {**arguments, "claim_idle_ms": 0}
-        )
-        # What is pending and was deleted comes without fields.
-        entries = streams[0][1] if streams else []
-        return Taken([(entry, _flat(fields)) for entry, fields in entries if fields], deleted)
+
+        async def read(behind: bytes) -> list[tuple[bytes, list[bytes]]]:
+            command = ("XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count, "STREAMS", outbox, behind)
+            # The script once more, for its echo: what it says then is of no interest.
+            streams = await self._scripts.read_and_run(command, "take", "", [outbox], {**arguments, "claim_idle_ms": 0})
+            # What is pending and was deleted comes without fields.
+            return [(entry, _flat(fields)) for entry, fields in (streams[0][1] if streams else []) if fields]
+
+        entries = await read(after) if where == "pending" else []
+        return Taken(entries or await read(b">"), deleted)
 
     async def leave(self, partition: int, entries: Sequence[bytes]) -> None:
         """Leaves records that were taken to whichever worker claims next; this one goes on with what is behind them."""

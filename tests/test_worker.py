@@ -17,7 +17,7 @@ from persistence.errors import DataRefused, PostgresUnavailable
 from persistence.keys import GROUP
 from persistence.migrate import load_migrations, migrate
 from persistence.postgres import Postgres, Transaction
-from persistence.records import Record
+from persistence.records import Record, decode_record
 from persistence.sessions import Access
 from persistence.worker import Worker
 from tests.support.links import Link
@@ -119,6 +119,19 @@ async def test_the_next_batch_is_taken_while_one_is_on_its_way(
     assert await worker.drain(10)
     await check_tables(rows)
     assert await contents(rows, SESSION_ID) == ["Hello", "You said: Hello"]
+
+
+async def test_a_record_that_was_deleted_while_it_was_taken_keeps_no_other_back(stores: Stores) -> None:
+    outbox = stores.keys.outbox(0)
+    await say(stores, SESSION_ID)
+    taken = await stores.outbox.take(0, 100)
+    assert taken.entries
+    await stores.client.xdel(outbox, *[entry for entry, _ in taken.entries])
+    await say(stores, f"{SESSION_ID}_2")
+    new = await stores.outbox.take(0, 100)
+    assert len(new.entries) == 2
+    assert not {entry for entry, _ in new.entries} & {entry for entry, _ in taken.entries}
+    await flush_records(stores, [decode_record(entry, fields) for entry, fields in new.entries])
 
 
 async def test_full_batches_do_not_wait_for_each_other_nor_a_worker_that_is_stopped(

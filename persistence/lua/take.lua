@@ -24,10 +24,11 @@ if held.err and string.find(held.err, 'NOGROUP') then
   held = pending()
 end
 if held.err then return held end
-if #held == 0 and args.claim_idle_ms ~= '0' then
+if args.claim_idle_ms ~= '0' then
+  -- Its own too: those that were deleted would be pending for ever.
   local claimed = redis.call('XAUTOCLAIM', outbox_key, args.group, args.consumer, args.claim_idle_ms, '0-0',
     'COUNT', args.count, 'JUSTID')
-  held, deleted = claimed[2], claimed[3]
+  held, deleted = pending(), claimed[3]
 end
 local word = #held > 0 and 'pending' or redis.call('XLEN', outbox_key) > 0 and 'new' or 'nothing'
 return {word, args.session_id, args.nonce, deleted}
