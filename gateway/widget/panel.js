@@ -484,8 +484,11 @@ export function createPanel({ agent, title, greeting, lang, t, target, root, fra
 
   // --- what the visitor does ---
 
-  form.addEventListener('submit', (event) => {
+  /** @type {Promise<void> | null} a conversation that is being ended: what is said meanwhile is the first word of the next */
+  let ending = null;
+  form.addEventListener('submit', async (event) => {
     event.preventDefault();
+    if (ending) await ending;
     const text = box.value.trim();
     if (!text || working()) return;
     box.value = '';
@@ -530,19 +533,22 @@ export function createPanel({ agent, title, greeting, lang, t, target, root, fra
     event.preventDefault();
     form.requestSubmit();
   });
+  const beginAnew = async () => {
+    current?.stop.abort();
+    closeFeed();
+    if (working()) await service.cancel(agent).catch(() => {});
+    await service.endSession().catch(() => session.clearSession()); // the gateway times it out by itself
+    current = ending = null;
+    tell('');
+    clear();
+    box.focus();
+  };
   again.addEventListener('click', () => {
     const yes = button(t.againYes, 'pill main');
     const no = button(t.againNo, 'pill');
-    yes.addEventListener('click', async () => {
+    yes.addEventListener('click', () => {
       yes.disabled = true;
-      current?.stop.abort();
-      closeFeed();
-      if (working()) await service.cancel(agent).catch(() => {});
-      await service.endSession().catch(() => session.clearSession()); // the gateway times it out by itself
-      current = null;
-      tell('');
-      clear();
-      box.focus();
+      ending = beginAnew();
     });
     no.addEventListener('click', () => {
       tell('');

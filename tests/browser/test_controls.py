@@ -3,6 +3,7 @@
 A guard that has changed and is not found any more fails its test.
 """
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -139,6 +140,33 @@ async def a_message_is_answered_once(stage: Stage) -> None:
     assert stage.spoken.started == ["Hello"]
 
 
+async def what_is_said_while_a_conversation_ends_is_for_the_next(stage: Stage) -> None:
+    visit = await stage.go()
+    await visit.chat.open()
+    stage.spoken.say("Hello", "Good morning", None)
+    await visit.chat.say("Hello")
+    await stage.sees(visit, "Good morning")
+    asked, may_end = asyncio.Event(), asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        asked.set()
+        await may_end.wait()
+        await route.continue_()
+
+    await visit.page.route("**/end", hold)
+    await visit.chat.begin_anew()
+    await asked.wait()
+    stage.spoken.say("Again", "Welcome back", None)
+    await visit.chat.say("Again")
+    await visit.page.evaluate("() => new Promise(requestAnimationFrame)")
+    may_end.set()
+    await stage.sees(visit, "Welcome back")
+    await stage.sees(visit, "Again")
+    await expect(visit.chat.saying("Good morning")).to_have_count(0)
+    first, second = (body["session_id"] for body in visit.posted("/stream"))
+    assert first != second
+
+
 async def what_the_transcript_has_is_shown_once(stage: Stage) -> None:
     visit = await stage.go()
     await visit.chat.open()
@@ -228,6 +256,7 @@ CONTROLS: list[tuple[Scenario, str, str, str]] = [
         "false && (turnId",
     ),
     (a_message_is_answered_once, "service.js", "message_id: messageId,", "message_id: randomHex(16),"),
+    (what_is_said_while_a_conversation_ends_is_for_the_next, "panel.js", "if (ending) await ending;", ""),
     (what_the_transcript_has_is_shown_once, "panel.js", "(one) => one.id === id || (one", "(one) => one.id === id && (one"),
     (an_answer_is_read_out_once, "panel.js", "'aria-live': 'off'", "'aria-live': 'polite'"),
     (words_being_composed_are_not_sent, "panel.js", " || event.isComposing || event.keyCode === 229", ""),
