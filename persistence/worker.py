@@ -20,7 +20,7 @@ from persistence.records import Record, decode_record
 
 log = structlog.get_logger()
 
-BATCH = 1000
+BATCH = 2000
 """Records taken at once, and `PART` those of one transaction: larger ones would keep Redis from visitors for too long."""
 PART = 500
 IN_HAND = 3
