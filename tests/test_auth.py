@@ -17,6 +17,12 @@ def signed(claims: dict[str, Any], key: str = KEY, algorithm: str = "HS256") -> 
     return jwt.encode(claims, key, algorithm)
 
 
+def headed(claims: dict[str, Any], key: str = KEY) -> str:
+    """A token with the header of those that are given out with KEY."""
+    kid = jwt.get_unverified_header(SessionTokens([KEY], 60).mint(TOKEN))["kid"]
+    return jwt.encode(claims, key, "HS256", {"kid": kid})
+
+
 def test_a_token_says_what_was_put_into_it() -> None:
     tokens = SessionTokens([KEY], 60)
     assert tokens.verify(tokens.mint(TOKEN)) == TOKEN
@@ -30,7 +36,6 @@ def test_a_token_of_the_previous_key_is_good_and_new_ones_are_signed_with_the_ne
 
 
 def test_a_token_that_was_good_is_not_when_its_time_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its signature is not computed again, but its end is looked at each time."""
     tokens = SessionTokens([KEY], 60)
     text = tokens.mint(TOKEN)
     assert tokens.verify(text) == TOKEN
@@ -52,9 +57,21 @@ def test_a_token_that_was_good_is_not_when_its_time_is_over(monkeypatch: pytest.
         signed(CLAIMS | {"exp": int(time()) + 60}, "k" * 64, "HS512"),
         jwt.encode(CLAIMS | {"exp": int(time()) + 60}, None, "none"),
         signed(CLAIMS | {"exp": "never"}),
+        headed(CLAIMS | {"exp": int(time()) - 1}),
+        headed(CLAIMS),
+        headed({name: CLAIMS[name] for name in ("sid", "aid")} | {"exp": int(time()) + 60}),
+        headed(CLAIMS | {"exp": int(time()) + 60}, OTHER_KEY),
+        headed(CLAIMS | {"exp": "never"}),
+        headed(CLAIMS | {"exp": int(time()) + 60}).partition(".")[0],
+        headed(CLAIMS | {"exp": int(time()) + 60}).rpartition(".")[0],
+        headed(CLAIMS | {"exp": int(time()) + 60}).rpartition(".")[0] + ".",
+        headed(CLAIMS | {"exp": int(time()) + 60}) + "=",
+        headed(CLAIMS | {"exp": int(time()) + 60}) + ".",
     ],
     ids=["empty", "no JWT", "dots", "no ASCII", "expired", "without an end", "without a domain", "another key",
-         "another algorithm", "no signature", "a word for an end"],
+         "another algorithm", "no signature", "a word for an end", "own, expired", "own, without an end",
+         "own, without a domain", "own, another key", "own, a word for an end", "own, no claims", "own, two parts",
+         "own, an empty signature", "own, a padded signature", "own, four parts"],
 )  # fmt: skip
 def test_what_is_no_good_token_says_nothing(text: str) -> None:
     assert SessionTokens([KEY], 60).verify(text) is None
@@ -93,7 +110,21 @@ def test_a_token_that_was_minted_for_a_user_names_the_user() -> None:
 def test_claims_of_a_wrong_type_say_nothing() -> None:
     wrong: list[dict[str, Any]] = [{"sid": 1}, {"aid": None}, {"dom": ["shop.example"]}, {"uid": {}}]
     for claim in wrong:
-        assert SessionTokens([KEY], 60).verify(signed(CLAIMS | {"exp": int(time()) + 60} | claim)) is None
+        for sign in (signed, headed):
+            assert SessionTokens([KEY], 60).verify(sign(CLAIMS | {"exp": int(time()) + 60} | claim)) is None
+
+
+def test_claims_of_a_later_version_are_passed_over() -> None:
+    for sign in (signed, headed):
+        assert SessionTokens([KEY], 60).verify(sign(CLAIMS | {"exp": time() + 60, "later": 1})) == TOKEN
+
+
+def test_what_was_given_out_is_verified_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyJWT takes a tenth of a turn for it."""
+    both = SessionTokens([KEY, OTHER_KEY], 60)
+    texts = [both.mint(TOKEN), SessionTokens([OTHER_KEY], 60).mint(TOKEN)]
+    monkeypatch.delattr("jwt.decode")
+    assert [both.verify(text) for text in texts] == [TOKEN, TOKEN]
 
 
 USER: dict[str, Any] = {"sub": "user-7"}
