@@ -59,7 +59,7 @@ class SessionTokens:
         self._keys = {sha256(b"session token key\0" + key.encode()).hexdigest()[:8]: key for key in reversed(keys)}
         self._ttl_s = ttl_s
         self._kid, self._key = list(self._keys.items())[-1]
-        # All tokens of a key begin with the same header, by which they are known again: PyJWT takes a tenth of a turn for one.
+        # All tokens of a key begin with the same header, which tells them: PyJWT takes a tenth of a turn for one.
         self._by_head = {
             jwt.encode({}, key, ALGORITHM, {"kid": kid}).partition(".")[0]: key.encode() for kid, key in self._keys.items()
         }
