@@ -1,9 +1,10 @@
 """Who may do what: session tokens, user tokens, site keys. Nothing here asks a store. The admin key is admin.py's."""
 
+import hmac
 from base64 import urlsafe_b64decode, urlsafe_b64encode
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
-from hmac import compare_digest, digest
+from hmac import compare_digest
 from time import time
 from typing import Any
 
@@ -61,7 +62,8 @@ class SessionTokens:
         self._kid, self._key = list(self._keys.items())[-1]
         # All tokens of a key begin with the same header, which tells them: PyJWT takes a tenth of a turn for one.
         self._by_head = {
-            jwt.encode({}, key, ALGORITHM, {"kid": kid}).partition(".")[0]: key.encode() for kid, key in self._keys.items()
+            jwt.encode({}, key, ALGORITHM, {"kid": kid}).partition(".")[0]: hmac.new(key.encode(), digestmod="sha256")
+            for kid, key in self._keys.items()
         }
 
     def mint(self, token: SessionToken) -> str:
@@ -79,9 +81,9 @@ class SessionTokens:
         """What a token says, or None when it is not good (any more)."""
         if len(text) > MAX_TOKEN or not text.isascii():
             return None
-        key = self._by_head.get(text.partition(".")[0])
+        keyed = self._by_head.get(text.partition(".")[0])
         try:
-            claims = self._read(text) if key is None else _read_own(text, key)
+            claims = self._read(text) if keyed is None else _read_own(text, keyed)
         except (ValueError, RecursionError):
             return None
         return SessionToken(claims.sid, claims.aid, claims.dom, claims.uid) if claims.exp > time() else None
@@ -93,10 +95,14 @@ class SessionTokens:
         return msgspec.convert(_claims(text, keys, ("sid", "aid", "dom", "exp")), _Claims)
 
 
-def _read_own(text: str, key: bytes) -> _Claims:
-    """The claims of a token with a header as `SessionTokens.mint` writes it. Raises ValueError when it is not good."""
+def _read_own(text: str, keyed: hmac.HMAC) -> _Claims:
+    """The claims of a token with a header as `SessionTokens.mint` writes it; `keyed` is an HMAC of nothing yet.
+
+    Raises ValueError when it is not good."""
     signed, _, signature = text.rpartition(".")
-    expected = urlsafe_b64encode(digest(key, signed.encode(), "sha256")).rstrip(b"=")
+    mac = keyed.copy()
+    mac.update(signed.encode())
+    expected = urlsafe_b64encode(mac.digest()).rstrip(b"=")
     if not compare_digest(expected, signature.encode()):
         raise ValueError("no key has signed it")
     return _claims_decoder.decode(urlsafe_b64decode(signed.partition(".")[2] + "=="))

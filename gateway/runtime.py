@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextvars import ContextVar
+from operator import is_
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Protocol, TypedDict
@@ -27,7 +28,7 @@ from langgraph.channels import BinaryOperatorAggregate
 from langgraph.graph import StateGraph
 from langgraph.graph.message import add_messages
 from langgraph.pregel import Pregel
-from langgraph.types import Overwrite
+from langgraph.types import Overwrite, StreamMode
 from pydantic import BaseModel
 
 from gateway.domains import normal_domain
@@ -203,10 +204,7 @@ class Graphs:
         context = agent.definition.config if graph.context_schema is not None else None
         _in_graph.set(True)
         try:
-            if emit is None:
-                output = await graph.ainvoke(state, config, context=context)
-            else:
-                output = await _stream(graph, state, config, context, emit)
+            output = await _run(graph, state, config, context, emit)
         except (asyncio.CancelledError, GraphInvalidOutput):
             raise
         except BaseException as error:
@@ -223,10 +221,20 @@ class Graphs:
             raise GraphInvalidOutput("what the graph left in its state cannot be read") from error
 
 
-async def _stream(graph: Pregel[Any, Any, Any, Any], state: Any, config: RunnableConfig, context: Any, emit: Emit) -> Any:
-    """Runs a graph, emitting the text of its chat models as it comes, and what it writes to the custom stream."""
+async def _run(
+    graph: Pregel[Any, Any, Any, Any], state: Any, config: RunnableConfig, context: Any, emit: Emit | None
+) -> Any:
+    """Runs a graph to its last values; with `emit`, emits the text of its chat models as it comes, and what it writes to
+    the custom stream."""
     output: Any = None
-    parts = graph.astream(state, config, context=context, stream_mode=["messages", "custom", "values"], subgraphs=True)
+    keys = graph.output_channels
+    if emit is None:
+        # All that `ainvoke` does beside this is to look for interrupts, which nobody could answer.
+        async for values in graph.astream(state, config, context=context, stream_mode="values", output_keys=keys):
+            output = values
+        return output
+    modes: list[StreamMode] = ["messages", "custom", "values"]
+    parts = graph.astream(state, config, context=context, stream_mode=modes, output_keys=keys, subgraphs=True)
     async for namespace, mode, part in parts:
         if mode == "values":
             # Subgraphs have values of their own; the answer is the whole graph's.
@@ -318,14 +326,10 @@ def _added(messages: Any, graph_input: GraphInput, given: Sequence[BaseMessage])
     """A model's messages among a graph's final ones that are none of those it was given."""
     if not isinstance(messages, list):
         return []
-    known = 0
-    for message, before in zip(messages, given, strict=False):
-        # Nearly always a graph adds at the end.
-        if message is not before:
-            break
-        known += 1
+    if all(map(is_, messages, given)):
+        messages = messages[len(given) :]  # nearly always a graph adds at the end
     ids = {graph_input.message_uuid, *[message.id for message in graph_input.history]}
-    return [message for message in messages[known:] if isinstance(message, AIMessage) and message.id not in ids]
+    return [message for message in messages if isinstance(message, AIMessage) and message.id not in ids]
 
 
 def _object(output: dict[str, Any], name: str) -> dict[str, Any] | None:

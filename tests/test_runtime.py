@@ -19,7 +19,7 @@ from gateway.app import Pod, Stores, build_pod
 from gateway.problems import AgentInactive, AgentNotFound, GraphInvalidOutput, InvalidField, Problem
 from gateway.runtime import GraphError, Graphs, load_graphs, message_maker
 from gateway.settings import Settings
-from gateway.turns import GraphInput, GraphOutput
+from gateway.turns import Emit, GraphInput, GraphOutput
 from persistence.agents import Agent, AgentDefinition
 from persistence.records import Message
 from tests.conftest import PutAgent
@@ -384,15 +384,15 @@ def test_two_messages_share_nothing_that_a_graph_can_change(kind: type[BaseMessa
     assert {id(part) for part in containers_of(one)} & {id(part) for part in containers_of(copy.copy(one))}
 
 
-async def run_node(node: Any, state: Any) -> GraphOutput:
+async def run_node(node: Any, state: Any, emit: Emit | None = None, **schemas: Any) -> GraphOutput:
     """Runs a graph of one node on this kind of state: "Where is it?", after a turn."""
-    builder = StateGraph(state)
+    builder = StateGraph(state, **schemas)
     builder.add_node("node", node)
     builder.set_entry_point("node")
     graphs = Graphs({"helper": builder.compile()})
     past = [Message("id 1", "user", "Hello", ""), Message("id 2", "assistant", "Hi", "")]
     graph_input = GraphInput(past, "Where is it?", "id 3", {}, {}, "session_of_a_test", "text")
-    return await graphs.run(Agent("id", "helper", AgentDefinition(graph="helper")), graph_input)
+    return await graphs.run(Agent("id", "helper", AgentDefinition(graph="helper")), graph_input, emit)
 
 
 @pytest.mark.parametrize("reducer", [add_messages, operator.add], ids=["LangGraph's", "its own"])
@@ -446,6 +446,21 @@ async def test_the_answer_is_found_wherever_a_graph_leaves_it(ending: str) -> No
 async def test_what_a_graph_was_given_is_not_its_answer(ending: str) -> None:
     with pytest.raises(GraphInvalidOutput, match="added no AI message"):
         await run_node(WITHOUT_ANSWER[ending], PlainState)
+
+
+@pytest.mark.parametrize("emit", [None, lambda kind, data: None], ids=["at once", "streamed"])
+async def test_what_a_graph_keeps_to_itself_is_not_taken_from_it(emit: Emit | None) -> None:
+    class Output(TypedDict):
+        agent_response: str
+
+    class State(Output):
+        metadata: dict[str, Any]
+
+    def answer(state: Any) -> dict[str, Any]:
+        return {"agent_response": "It is on its way.", "metadata": {"note": "its own"}}
+
+    output = await run_node(answer, State, emit, output_schema=Output)
+    assert (output.response, output.metadata) == ("It is on its way.", {})
 
 
 async def test_a_graph_on_plain_messages_state_answers_from_the_history(
