@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import msgspec
-from bench_measure import PRODUCTION, Result, Serving, load, measure, plan_for, serve, take_cores, up_and_down
+from bench_measure import PRODUCTION, Result, Serving, asleep, awake, load, measure, plan_for, serve, take_cores, up_and_down
 from bench_results import Target, machine, print_targets, save
 from bench_seed import AGENT, DOMAIN, fill_gateway, session_id, token
 from bench_servers import Servers, own_servers
@@ -150,7 +150,7 @@ OPTIONS = {"sessions": "sessions", "history": "histories", "streams": "streams"}
 async def _measure(
     filled: Sequence[Filled], options: argparse.Namespace, cores: set[int], stack: AsyncExitStack
 ) -> list[list[Result]]:
-    """A pod for each size, all at work at the same time and loaded in turn for a moment each: see bench_turns.py."""
+    """A pod for each size, loaded in turn for a moment each, while the others are stopped: see bench_turns.py."""
     ready = []
     for one in filled:
         serving = stack.enter_context(serve("message", one.servers, cores))
@@ -158,8 +158,10 @@ async def _measure(
         plan = plan_for(serving, one.numbers, connections=CONNECTIONS)
         await load(plan, options.warm_up)
         ready.append((serving, plan, list[Result]()))
+    stack.enter_context(asleep([serving for serving, _, _ in ready]))
     for serving, plan, results in up_and_down(ready, options.rounds):
-        results.append((await measure(serving, plan, 0, options.seconds)).result)
+        async with awake(serving):
+            results.append((await measure(serving, plan, 0, options.seconds)).result)
     return [results for _, _, results in ready]
 
 

@@ -6,8 +6,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, NamedTuple, TypeVar
@@ -38,6 +38,10 @@ PRODUCTION = {
 }
 READY_S = 60
 STOPPED_S = 30
+SETTLE_S = 0.3
+"""What came due while a row was asleep is done by then."""
+REST_S = 0.5
+"""A worker brings the last turns to Postgres by then: they count too."""
 
 
 class Result(msgspec.Struct):
@@ -228,11 +232,51 @@ def up_and_down(items: Sequence[Item], rounds: int) -> Iterator[Item]:
         yield from items if number % 2 == 0 else reversed(items)
 
 
+@contextmanager
+def asleep(rows: Sequence[Serving]) -> Iterator[None]:
+    """Rows that wait for their turn are stopped, stores and all: one that idles takes time and caches of the one at work."""
+    try:
+        for serving in rows:
+            _signal(serving, signal.SIGSTOP)
+        yield
+    finally:
+        for serving in rows:
+            _signal(serving, signal.SIGCONT)
+
+
+@asynccontextmanager
+async def awake(serving: Serving) -> AsyncIterator[None]:
+    """One of the rows that are `asleep`, at work."""
+    _signal(serving, signal.SIGCONT)
+    try:
+        await asyncio.sleep(SETTLE_S)
+        yield
+    finally:
+        _signal(serving, signal.SIGSTOP)
+
+
+def _signal(serving: Serving, number: signal.Signals) -> None:
+    servers = serving.servers
+    stores = [psutil.Process(servers.postgres.pid), psutil.Process(servers.redis.pid)]
+    users = [serving.server, *([serving.worker] if serving.worker else [])]
+    # A store is there whenever somebody may ask it.
+    for process in [*stores, *users] if number == signal.SIGCONT else [*users, *stores]:
+        process.send_signal(number)
+        for child in process.children(recursive=True):
+            try:
+                child.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+
 async def measure(serving: Serving, plan: Plan, history: int, seconds: float, rate: float = 0) -> Span:
     """Loads a server that is warm; what came of it, without the pauses of its collector (`add_pauses`)."""
     before, began = cpu(serving), monotonic()
     measured = await load(plan, seconds, rate)
-    after, ended = cpu(serving), monotonic()
+    ended = monotonic()
+    if serving.worker:
+        await asyncio.sleep(REST_S)
+    after = cpu(serving)
     turns = len(measured.latencies_ms)
     # The next load goes on with other sessions.
     plan.first = (plan.first + turns) % len(plan.bodies)
