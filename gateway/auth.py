@@ -79,8 +79,6 @@ class SessionTokens:
 
     def verify(self, text: str) -> SessionToken | None:
         """What a token says, or None when it is not good (any more)."""
-        if len(text) > MAX_TOKEN or not text.isascii():
-            return None
         keyed = self._by_head.get(text.partition(".")[0])
         try:
             claims = self._read(text) if keyed is None else _read_own(text, keyed)
@@ -99,6 +97,8 @@ def _read_own(text: str, keyed: hmac.HMAC) -> _Claims:
     """The claims of a token with a header as `SessionTokens.mint` writes it; `keyed` is an HMAC of nothing yet.
 
     Raises ValueError when it is not good."""
+    if len(text) > MAX_TOKEN:
+        raise ValueError("it is no token")
     signed, _, signature = text.rpartition(".")
     mac = keyed.copy()
     mac.update(signed.encode())

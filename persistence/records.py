@@ -313,14 +313,9 @@ def decode_hash(fields: Mapping[bytes, bytes], hot_turns: int, where: str) -> tu
     if b"unflushed" not in fields:
         raise Damaged(where, "unflushed", "is missing")
     messages: list[ChatMessage] = []
-    number = 0
-    try:
-        for number in range(max(numbers["first_hot"], session.turns - hot_turns + 1), session.turns + 1):
-            messages += _chat_decoder.decode(fields[b"t:%d" % number]).messages
-    except KeyError as error:
-        raise Damaged(where, f"t:{number}", "is missing") from error
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Damaged(where, f"t:{number}", unreadable(error)) from error
+    for number in range(max(numbers["first_hot"], session.turns - hot_turns + 1), session.turns + 1):
+        field = f"t:{number}"
+        messages += _decode(_chat_decoder, fields.get(field.encode()), where, field).messages
     return session, messages
 
 

@@ -176,11 +176,15 @@ class Scripts:
         before: Command | None = None,
         behind: Command | None = None,
     ) -> tuple[Any, Any]:
-        """The replies to the script, and to the command before or behind it."""
+        """The reply to the script, and that to the command before it or behind it (None: there is none)."""
         for word, script in (("EVALSHA", self._digests[name]), ("EVAL", self._texts[name])):
-            commands = [before, (word, script, key_count, *tail), behind]
-            replies = await self._lines.ask([command for command in commands if command is not None], timeout_s)
-            reply, other = replies[::-1] if before is not None else (*replies, None)[:2]
+            call, other = (word, script, key_count, *tail), None
+            if before is not None:
+                other, reply = await self._lines.ask([before, call], timeout_s)
+            elif behind is not None:
+                reply, other = await self._lines.ask([call, behind], timeout_s)
+            else:
+                (reply,) = await self._lines.ask([call], timeout_s)
             if not isinstance(reply, NoScriptError):
                 break
         return reply, other

@@ -478,7 +478,7 @@ class FakeScripts(Scripts):
 
 
 class FakeMachine(Machine):
-    """On fakeredis, whose XREADGROUP does not work inside a script: all that is on the outbox is taken."""
+    """On fakeredis, whose errors a script cannot read, as `take` does: all that is on the outbox is taken."""
 
     def connect(self) -> Client:
         client: Client = fakeredis.FakeAsyncRedis(version=(7,))

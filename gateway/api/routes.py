@@ -275,9 +275,7 @@ class _Resource:
     """What answers at a path, by method. An ASGI application: around a function Starlette would handle exceptions twice."""
 
     def __init__(self, handlers: dict[str, Handler]) -> None:
-        self._handlers = handlers
-        if "GET" in handlers:
-            self._handlers = {"HEAD": handlers["GET"], **handlers}
+        self._handlers = {"HEAD": handlers["GET"], **handlers} if "GET" in handlers else handlers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._handlers[scope["method"]](Request(scope, receive, send))
