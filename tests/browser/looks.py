@@ -22,10 +22,7 @@ def complaints(found: dict[str, Any]) -> list[str]:
 async def check(visit: Visit) -> None:
     """No violations, best practices included."""
     # What is still fading in has not the colours yet that it will have.
-    await visit.page.wait_for_function(
-        "document.getAnimations().every("
-        "(one) => one.playState !== 'running' || one.effect.getTiming().iterations === Infinity)"
-    )
+    await visit.come_in()
     found = complaints((await Axe().run(visit.page)).response)
     assert not found, "\n".join(found)
 

@@ -81,10 +81,15 @@ class Visit:
 
     async def shoot(self, name: str, *, whole: bool = False) -> None:
         """A screenshot for people to look at, once what comes in has come."""
-        await self.page.evaluate("""() => Promise.all([...document.querySelectorAll('*')].filter((one) => one.shadowRoot)
-          .flatMap((one) => one.shadowRoot.getAnimations()).filter((one) => one.effect.getTiming().iterations !== Infinity)
-          .map((one) => one.finished.catch(() => {})))""")
+        await self.come_in()
         await self.page.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled", full_page=whole)
+
+    async def come_in(self) -> None:
+        """Waits for what is still fading in, which is in the shadow roots too."""
+        await self.page.evaluate("""() => Promise.all([...document.querySelectorAll('*')].filter((one) => one.shadowRoot)
+          .flatMap((one) => one.shadowRoot.getAnimations()).concat(document.getAnimations())
+          .filter((one) => one.effect.getTiming().iterations !== Infinity)
+          .map((one) => one.finished.catch(() => {})))""")
 
 
 class Visitor:
