@@ -10,12 +10,14 @@ from time import monotonic
 import msgspec
 from uuid_utils import uuid7
 
-from gateway.auth import fingerprint
-from gateway.domains import check_allowed_domains
+from gateway.access.domains import check_allowed_domains
+from gateway.access.tokens import fingerprint
 from gateway.problems import AgentNotFound, InvalidField, NameTaken
-from persistence.agents import Agent, AgentCopies, AgentDefinition, as_uuid
 from persistence.errors import DataRefused, PostgresUnavailable
-from persistence.postgres import Postgres
+from persistence.model.agents import Agent, AgentDefinition
+from persistence.model.ids import as_uuid
+from persistence.postgres.postgres import Postgres
+from persistence.redis.agent_copies import AgentCopies
 
 FRESH_S = 2.0
 REMEMBERED = 10_000

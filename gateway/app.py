@@ -16,45 +16,50 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from gateway import __version__
-from gateway.admin import AdminDoor, AdminKeys
+from gateway.access.admin_key import AdminDoor, AdminKeys
+from gateway.access.gatekeeper import Gatekeeper
+from gateway.access.tokens import SessionTokens
 from gateway.agents import Agents
 from gateway.api.agents import AgentsApi
-from gateway.api.callers import Gatekeeper
+from gateway.api.answers import on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.chat import ChatApi
-from gateway.api.cors import Cors
-from gateway.api.headers import SafeHeaders
+from gateway.api.docs.openapi import openapi_document
+from gateway.api.docs.page import SCRIPT, STYLE, reference_page
+from gateway.api.docs.routes import ReferenceApi
+from gateway.api.middleware.client_address import ClientAddress
+from gateway.api.middleware.cors import Cors
+from gateway.api.middleware.headers import SafeHeaders
 from gateway.api.ops import OpsApi
-from gateway.api.reference import ReferenceApi
-from gateway.api.rendering import BodyBounds, on_http_exception, on_persistence_error, on_problem, on_unexpected
+from gateway.api.reading import BodyBounds
 from gateway.api.routes import endpoints, routes
 from gateway.api.sessions import SessionsApi
 from gateway.api.widget import WidgetApi
-from gateway.auth import SessionTokens
-from gateway.limits import Limiter
+from gateway.graphs.graphs import Graphs
+from gateway.graphs.loading import load_graphs
+from gateway.limits.limiter import Limiter
+from gateway.limits.open_streams import OpenStreams
 from gateway.metrics import Metrics
-from gateway.open_streams import OpenStreams
-from gateway.openapi import openapi_document
 from gateway.problems import Problem
-from gateway.proxies import ClientAddress
-from gateway.reference_page import SCRIPT, STYLE, reference_page
-from gateway.runtime import AgentRuntime, Graphs, load_graphs
 from gateway.settings import Settings
-from gateway.streams import Streams
-from gateway.turns import Turns
-from persistence.agents import AgentCopies, RateLimit
-from persistence.connection import Client, call, check_server, connect
+from gateway.streams.follow import Streams
+from gateway.turns.in_process import AgentRuntime
+from gateway.turns.turns import Turns
 from persistence.errors import PersistenceError, PostgresUnavailable, RedisUnavailable
-from persistence.events import EventLogs, WakeUps
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
 from persistence.hydrator import Hydrator
-from persistence.keys import Keys
-from persistence.limits import Limits
-from persistence.migrate import load_migrations
-from persistence.outbox import Outbox
-from persistence.postgres import Postgres
-from persistence.scripts import Scripts
-from persistence.sessions import SessionStore
+from persistence.model.agents import RateLimit
+from persistence.postgres.migrate import load_migrations
+from persistence.postgres.postgres import Postgres
+from persistence.redis.agent_copies import AgentCopies
+from persistence.redis.connection import Client, call, check_server, connect
+from persistence.redis.keys import Keys
+from persistence.redis.outbox import Outbox
+from persistence.redis.scripts import Scripts
+from persistence.redis.sessions import SessionStore
+from persistence.redis.shared_limits import Limits
+from persistence.redis.turn_logs import EventLogs
+from persistence.redis.wakeups import WakeUps
 from persistence.worker import Worker
 
 log = structlog.get_logger()

@@ -1,11 +1,14 @@
 """Every error a client can meet: code, status and title are stated here and nowhere else.
 
-Rendered as `application/problem+json` (RFC 9457) by one handler, in `api/rendering.py`.
-"""
+Rendered as `application/problem+json` (RFC 9457) by one handler, in `api/rendering.py`."""
 
 from collections.abc import Mapping
 
+import msgspec
+
 from persistence.errors import Damaged, DataRefused, PersistenceError, PostgresUnavailable, RedisUnavailable
+
+_encoder = msgspec.json.Encoder()
 
 
 class Problem(Exception):
@@ -230,3 +233,59 @@ def problem_of(error: PersistenceError) -> Problem:
             return InvalidField("Postgres cannot store this")
         case _:
             return Problem()
+
+
+SHOWN_CHARS = 500
+"""Of what a problem says: a name that a client made up can be as long as its body."""
+
+NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+
+
+class ProblemDocument(msgspec.Struct, omit_defaults=True):
+    """An error, after RFC 9457. `code` is for programs; `retryable` when the same request may do better later, after
+    `retry_after` seconds; `field` names what is wrong with the request."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    request_id: str
+    retryable: bool = False
+    retry_after: float | None = None
+    field: str | None = None
+
+
+def encode_problem(problem: Problem, request_id: str) -> bytes:
+    """The one place where errors are rendered."""
+    document = ProblemDocument(
+        type=f"urn:gateway:problem:{problem.code}",
+        title=problem.title,
+        status=problem.status,
+        code=problem.code,
+        detail=_cut(problem.detail) or problem.title,
+        request_id=request_id,
+        retryable=problem.retryable,
+        retry_after=_retry_after(problem),
+        field=None if problem.field is None else _cut(problem.field),
+    )
+    return _encoder.encode(document)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else f"{text[:SHOWN_CHARS]}…"
+
+
+def problem_headers(problem: Problem) -> dict[str, str]:
+    """The headers that go with a problem, its media type apart."""
+    headers = {**NO_STORE, **problem.headers}
+    retry_after = _retry_after(problem)
+    if retry_after is not None:
+        headers["Retry-After"] = str(retry_after)
+    if problem.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers
+
+
+def _retry_after(problem: Problem) -> int | None:
+    return None if problem.retry_after_s is None else max(1, -int(-problem.retry_after_s // 1))

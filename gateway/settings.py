@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from persistence.connection import UnusableUrl, connect, default_partitions
+from persistence.redis.connection import UnusableUrl, connect, default_partitions
 
 PREFIX = "GATEWAY_"
 TOKEN_BEGINS = "eyJ"  # noqa: S105

@@ -7,16 +7,18 @@ from itertools import chain
 
 import msgspec
 
-from persistence.connection import gather_bounded
 from persistence.errors import PostgresUnavailable
-from persistence.events import EventLogs, Following
 from persistence.hydrator import Hydrator
-from persistence.keys import Keys
-from persistence.outbox import Outbox
-from persistence.postgres import Postgres, SessionFilter
-from persistence.records import Session, StoredMessage, moment, transcript
-from persistence.scripts import Scripts
-from persistence.sessions import Absent, Access, Hot, Refused, SessionStore
+from persistence.model.session import Access, Session, StoredMessage, transcript
+from persistence.model.times import moment
+from persistence.postgres.postgres import Postgres, SessionFilter
+from persistence.redis.connection import gather_bounded
+from persistence.redis.keys import Keys
+from persistence.redis.outbox import Outbox
+from persistence.redis.outcomes import Absent, Hot, Refused
+from persistence.redis.scripts import Scripts
+from persistence.redis.sessions import SessionStore
+from persistence.redis.turn_logs import EventLogs, Following
 
 ALL_TURNS = 1_000_000_000
 COUNTED_ONE_BY_ONE = 10_000

@@ -11,14 +11,15 @@ from uuid import UUID
 
 import structlog
 
-from persistence.agents import AgentCopies
-from persistence.connection import gather_bounded
 from persistence.errors import Damaged
 from persistence.hydrator import Hydrator
-from persistence.keys import Keys, masked
-from persistence.postgres import Postgres, Transaction
-from persistence.scripts import Scripts
-from persistence.sessions import SessionStore
+from persistence.model.ids import masked
+from persistence.postgres.postgres import Postgres, Transaction
+from persistence.redis.agent_copies import AgentCopies
+from persistence.redis.connection import gather_bounded
+from persistence.redis.keys import Keys
+from persistence.redis.scripts import Scripts
+from persistence.redis.sessions import SessionStore
 
 log = structlog.get_logger()
 

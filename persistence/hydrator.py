@@ -3,11 +3,13 @@
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from persistence.agents import AgentCopies, AgentDefinition
 from persistence.errors import RedisUnavailable
-from persistence.keys import masked
-from persistence.postgres import Postgres, Transaction
-from persistence.sessions import Absent, SessionStore
+from persistence.model.agents import AgentDefinition
+from persistence.model.ids import masked
+from persistence.postgres.postgres import Postgres, Transaction
+from persistence.redis.agent_copies import AgentCopies
+from persistence.redis.outcomes import Absent
+from persistence.redis.sessions import SessionStore
 
 Outcome = TypeVar("Outcome")
 
@@ -40,12 +42,24 @@ class Hydrator:
         await self._store.hydrate(snapshot, ticket, definition.hot_ttl_s)
         return True
 
-    async def with_session(self, session_id: str, operation: Callable[[], Awaitable[Outcome | Absent]]) -> Outcome | None:
-        """Runs an operation of the Redis layer on a session that may have left Redis; None when there is none at all."""
+    async def with_session(
+        self,
+        session_id: str,
+        operation: Callable[[], Awaitable[Outcome | Absent]],
+        create: Callable[[int], Awaitable[object]] | None = None,
+    ) -> Outcome | None:
+        """Runs an operation of the Redis layer on a session, which is hydrated as often as it has left Redis.
+
+        A session that is in neither store is made by `create`, which is given the ticket; without it the outcome is None.
+        Raises RedisUnavailable when the session leaves Redis again and again, and PostgresUnavailable.
+        """
         for _ in range(ATTEMPTS):
             outcome = await operation()
             if not isinstance(outcome, Absent):
                 return outcome
-            if not await self.hydrate(session_id, outcome.ticket):
+            if await self.hydrate(session_id, outcome.ticket):
+                continue
+            if create is None:
                 return None
+            await create(outcome.ticket)
         raise RedisUnavailable(f"session {masked(session_id)} left Redis {ATTEMPTS} times while it was wanted")

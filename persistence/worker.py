@@ -11,12 +11,13 @@ from time import monotonic
 
 import structlog
 
-from persistence.connection import gather_bounded
 from persistence.errors import Damaged, DataRefused, NewerFormat, PersistenceError, PostgresUnavailable, RedisUnavailable
 from persistence.housekeeping import Housekeeping
-from persistence.outbox import CLAIM_IDLE_MS, Outbox, Taken
-from persistence.postgres import Postgres
-from persistence.records import Record, decode_record
+from persistence.model.codec import decode_record
+from persistence.model.session import Record
+from persistence.postgres.postgres import Postgres
+from persistence.redis.connection import gather_bounded
+from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox, Taken
 
 log = structlog.get_logger()
 

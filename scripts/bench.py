@@ -33,10 +33,12 @@ from bench_sizing import measure_sizing
 from bench_turns import measure_turns
 from redis.asyncio import Redis
 
-from gateway.runtime import Graphs, load_graphs
-from gateway.servers import HOST, RedisServer
-from gateway.turns import GraphInput
-from persistence.agents import Agent, AgentDefinition
+from gateway.dev.servers.ports import HOST
+from gateway.dev.servers.redis import RedisServer
+from gateway.graphs.contract import GraphInput
+from gateway.graphs.graphs import Graphs
+from gateway.graphs.loading import load_graphs
+from persistence.model.agents import Agent, AgentDefinition
 
 CHUNKS = 20
 DELAY_MS = 200

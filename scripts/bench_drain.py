@@ -13,10 +13,12 @@ from uuid_utils.compat import uuid7
 
 from gateway.app import Stores
 from gateway.settings import load_settings
-from persistence.connection import gather_bounded
-from persistence.keys import GROUP
-from persistence.records import Message, Turn, iso
-from persistence.sessions import Access, Begun, NewSession, TurnPolicy
+from persistence.model.agents import TurnPolicy
+from persistence.model.session import Access, Message, NewSession, Turn
+from persistence.model.times import iso
+from persistence.redis.connection import gather_bounded
+from persistence.redis.keys import GROUP
+from persistence.redis.outcomes import Begun
 
 AGENT_ID = "01900000-0000-7000-8000-00000000be9c"
 VISITOR = Access(AGENT_ID, authorized=True)

@@ -19,7 +19,7 @@ from bench_seed import AGENT, DOMAIN, fill_gateway, session_id, token
 from bench_servers import Servers, own_servers
 from redis.asyncio import Redis
 
-from gateway.servers import HOST
+from gateway.dev.servers.ports import HOST
 
 CONNECTIONS = 32
 SPOKEN_TO = 20_000

@@ -21,7 +21,7 @@ from bench_pauses import longest_ms
 from bench_seed import AGENT_ID, DOMAIN, QUESTION, session_id, token
 from bench_servers import Servers
 
-from gateway.servers import HOST
+from gateway.dev.servers.ports import HOST
 
 SCRIPTS = Path(__file__).resolve().parent
 FOLDER = SCRIPTS.parent / ".bench"

@@ -34,7 +34,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from uuid_utils.compat import uuid7
 
-from gateway.cli import tune_collector
+from gateway.server.serve import tune_collector
 
 WINDOW = 50
 CONNECTIONS = 8

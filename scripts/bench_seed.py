@@ -13,13 +13,14 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from uuid_utils.compat import uuid7
 
+from gateway.access.tokens import SessionToken, SessionTokens
 from gateway.app import Stores, build_worker
-from gateway.auth import SessionToken, SessionTokens
 from gateway.settings import load_settings
-from persistence.agents import Agent, AgentDefinition, RateLimit
-from persistence.connection import gather_bounded
-from persistence.records import Message, Turn, iso
-from persistence.sessions import Access, Begun, Hot, NewSession
+from persistence.model.agents import Agent, AgentDefinition, RateLimit
+from persistence.model.session import Access, Message, NewSession, Turn
+from persistence.model.times import iso
+from persistence.redis.connection import gather_bounded
+from persistence.redis.outcomes import Begun, Hot
 
 QUESTION = ("Where is my order, and when will it be here? I have waited for a week. " * 3)[:200]
 PAST = ("It has left our house, and the parcel service says that it comes soon. " * 3)[:200]

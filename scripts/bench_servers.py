@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from gateway.servers import PostgresServer, RedisServer, free_port
+from gateway.dev.servers.ports import free_port
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 
 KEY = "a key of the bench's own, 32 characters"
 DEFAULTS: Mapping[str, str] = {}

@@ -12,12 +12,14 @@ import pytest
 import structlog
 
 from gateway.app import Pod, Stores, build_pod, build_worker
+from gateway.dev.servers.ports import free_port, share_ports
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 from gateway.logs import configure_logs
-from gateway.servers import PostgresServer, RedisServer, free_port, share_ports
 from gateway.settings import Settings
-from persistence.agents import Agent, AgentDefinition
-from persistence.migrate import load_migrations, migrate
-from persistence.postgres import Postgres
+from persistence.model.agents import Agent, AgentDefinition
+from persistence.postgres.migrate import load_migrations, migrate
+from persistence.postgres.postgres import Postgres
 from persistence.worker import Worker
 from tests.support.rule import breaches
 from tests.support.serving import ADMIN_KEY, SECRET_KEY, served

@@ -9,11 +9,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from gateway.access.tokens import fingerprint
 from gateway.app import Stores
-from gateway.auth import fingerprint
-from gateway.servers import PostgresServer, RedisServer, free_port
+from gateway.dev.servers.ports import free_port
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
-from persistence.sessions import NewSession
+from persistence.model.session import NewSession
 from tests.conftest import PutAgent
 from tests.support.commands import Done, run_gateway
 from tests.support.serving import ADMIN_KEY, SECRET_KEY, GatewayProcess, wait_for

@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import yaml
 
-from gateway.cli import KEEP_ALIVE_S
+from gateway.server.serve import KEEP_ALIVE_S
 from gateway.settings import Settings
-from persistence.postgres import Postgres
+from persistence.postgres.postgres import Postgres
 
 COMPOSE_FILE = Path(__file__).parent.parent / "compose.yaml"
 SECRETS = {"GATEWAY_SECRET_KEY", "GATEWAY_ADMIN_KEY", "POSTGRES_PASSWORD"}

@@ -9,7 +9,7 @@ from uuid_utils.compat import uuid7
 from gateway.app import Stores, build_worker
 from gateway.settings import Settings, SettingsError, load_settings
 from persistence.errors import PostgresUnavailable
-from persistence.sessions import NewSession
+from persistence.model.session import NewSession
 from tests.conftest import PutAgent
 from tests.support.visiting import new_session_id
 

@@ -4,13 +4,14 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.access.audit import Operator, audited, changed
+from gateway.access.gatekeeper import Gatekeeper
+from gateway.access.tokens import fingerprint
 from gateway.agents import Agents
-from gateway.api.callers import Gatekeeper
-from gateway.api.rendering import BodyBounds, answer, check_text, read_body
-from gateway.audit import Operator, audited, changed
-from gateway.auth import fingerprint
-from gateway.runtime import Graphs
-from persistence.agents import Agent, AgentDefinition
+from gateway.api.answers import answer
+from gateway.api.reading import BodyBounds, check_text, read_body
+from gateway.graphs.graphs import Graphs
+from persistence.model.agents import Agent, AgentDefinition
 
 
 class AgentAnswer(AgentDefinition, frozen=True, forbid_unknown_fields=False, kw_only=True):

@@ -7,31 +7,27 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.access.audit import audited
+from gateway.access.caller import Caller, UserToken, address_of, kept_address, known_operator
+from gateway.access.gatekeeper import Gatekeeper
 from gateway.agents import Agents
-from gateway.api.callers import Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator, load_agent
-from gateway.api.rendering import (
-    BodyBounds,
-    answer,
-    check_metadata,
-    check_text,
-    event_stream,
-    read_body,
-    read_cursor,
-    read_query,
-)
-from gateway.audit import audited
-from gateway.limits import Admission, Limiter
-from gateway.open_streams import OpenStreams
+from gateway.api.answers import answer
+from gateway.api.entrance import load_agent
+from gateway.api.reading import BodyBounds, check_metadata, check_text, read_body, read_cursor, read_query
+from gateway.api.sse import event_stream
+from gateway.limits.limiter import Admission, Limiter
+from gateway.limits.open_streams import OpenStreams
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
-from gateway.runtime import AgentRuntime
-from gateway.streams import Streams, TurnLog, render
-from gateway.turns import MessageId, SessionId, TurnRequest, existing
-from persistence.agents import Agent, as_uuid
-from persistence.events import EventLogs
+from gateway.streams.follow import Streams, render
+from gateway.streams.log import TurnLog
+from gateway.turns.in_process import AgentRuntime
+from gateway.turns.refusals import existing
+from gateway.turns.request import MessageId, SessionId, TurnRequest
 from persistence.history import History
-from persistence.keys import masked
-from persistence.records import Channel
-from persistence.sessions import IfBusy
+from persistence.model.agents import Agent, IfBusy
+from persistence.model.ids import as_uuid, masked
+from persistence.model.session import Channel
+from persistence.redis.turn_logs import EventLogs
 
 
 class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):

@@ -9,11 +9,11 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.api.rendering import answer
+from gateway.api.answers import answer
 from gateway.metrics import Metrics
 from persistence.errors import PersistenceError
-from persistence.outbox import Outbox
-from persistence.scripts import Scripts
+from persistence.redis.outbox import Outbox
+from persistence.redis.scripts import Scripts
 
 Health = Literal["ok", "down"]
 

@@ -1,11 +1,8 @@
 """The route table: what the server serves, and what its OpenAPI document says. One list, so that they cannot drift."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
 
-import msgspec
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
@@ -20,8 +17,9 @@ from gateway.api.chat import (
     MessageBody,
     StreamQuery,
 )
+from gateway.api.docs.routes import ReferenceApi
+from gateway.api.endpoint import EVENT_STREAM, SCRIPT, Endpoint, Handler
 from gateway.api.ops import Alive, OpsApi, Readiness
-from gateway.api.reference import ReferenceApi
 from gateway.api.sessions import (
     ListAnswer,
     ListQuery,
@@ -35,31 +33,7 @@ from gateway.api.sessions import (
     StatisticsQuery,
 )
 from gateway.api.widget import WidgetApi
-from persistence.agents import AgentDefinition
-
-Handler = Callable[[Request], Awaitable[Response]]
-Guard = Literal["none", "session", "admin"]
-EVENT_STREAM, SCRIPT = "text/event-stream", "text/javascript"
-
-
-class Endpoint(msgspec.Struct, frozen=True):
-    """One call: how it is reached, what goes in, what comes out.
-
-    `answers` are types or media types by status, `answer_headers` the headers that belong to them; `errors` are the problem
-    statuses it may answer with beside those that every call may; `headers` are the request's that it looks at.
-    """
-
-    method: str
-    path: str
-    handler: Handler
-    summary: str
-    answers: dict[int, Any]
-    errors: tuple[int, ...] = ()
-    body: Any = None
-    query: Any = None
-    headers: tuple[str, ...] = ()
-    answer_headers: dict[int, tuple[str, ...]] = {}
-    guard: Guard = "none"
+from persistence.model.agents import AgentDefinition
 
 
 def endpoints(

@@ -10,13 +10,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from uuid_utils import uuid7
 
+from gateway.access.audit import audited
+from gateway.access.caller import Caller, UserToken, address_of, kept_address, known_operator
+from gateway.access.gatekeeper import MINTED, Gatekeeper
+from gateway.access.tokens import SessionToken, SessionTokens
 from gateway.agents import Agents
-from gateway.api.callers import MINTED, Caller, Gatekeeper, UserToken, address_of, kept_address, known_operator, load_agent
-from gateway.api.rendering import BodyBounds, answer, check_metadata, event_stream, read_body, read_cursor, read_query
-from gateway.audit import audited
-from gateway.auth import SessionToken, SessionTokens
-from gateway.limits import Admission, Limiter
-from gateway.open_streams import OpenStreams
+from gateway.api.answers import answer
+from gateway.api.entrance import load_agent
+from gateway.api.reading import BodyBounds, check_metadata, read_body, read_cursor, read_query
+from gateway.api.sse import event_stream
+from gateway.limits.limiter import Admission, Limiter
+from gateway.limits.open_streams import OpenStreams
 from gateway.problems import (
     AgentInactive,
     AgentNotFound,
@@ -31,15 +35,18 @@ from gateway.problems import (
     TokenRequired,
     UserTokenInvalid,
 )
-from gateway.streams import Streams
-from gateway.turns import Outcome, SessionId, existing, raise_refusal
+from gateway.streams.follow import Streams
+from gateway.turns.refusals import Outcome, existing, raise_refusal
+from gateway.turns.request import SessionId
 from persistence.errors import PersistenceError
 from persistence.history import OPERATOR, History
 from persistence.hydrator import Hydrator
-from persistence.keys import masked
-from persistence.postgres import SessionFilter
-from persistence.records import Channel, Role, Session, iso_from
-from persistence.sessions import Access, NewSession, Opened, Refused, SessionStore
+from persistence.model.ids import masked
+from persistence.model.session import Access, Channel, NewSession, Role, Session
+from persistence.model.times import iso_from
+from persistence.postgres.postgres import SessionFilter
+from persistence.redis.outcomes import Opened, Refused
+from persistence.redis.sessions import SessionStore
 
 OPEN_ATTEMPTS = 5
 

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from persistence.agents import Agent
+from persistence.model.agents import Agent
 from tests.conftest import PutAgent
 from tests.support.visiting import new_session_id, say
 

@@ -9,10 +9,10 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.admin import FAILURES
+from gateway.access.admin_key import FAILURES
 from gateway.app import Stores, build_pod
 from gateway.settings import Settings
-from persistence.keys import masked
+from persistence.model.ids import masked
 from tests.conftest import PutAgent
 from tests.support.serving import ADMIN, ADMIN_KEY, served
 from tests.support.stored import Rows

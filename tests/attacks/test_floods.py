@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway import limits as limits_module
-from gateway.buckets import Bucket
-from gateway.limits import Limiter
+from gateway.limits import limiter as limits_module
+from gateway.limits.buckets import Bucket
+from gateway.limits.limiter import Limiter
 from gateway.settings import Settings
-from persistence.agents import RateLimit
+from persistence.model.agents import RateLimit
 from tests.conftest import PutAgent
 from tests.support.pods import ServedPod, gated_pod
 from tests.support.serving import wait_for

@@ -10,10 +10,10 @@ import jwt
 import pytest
 from structlog.testing import capture_logs
 
-from gateway.admin import FAILURES
+from gateway.access.admin_key import FAILURES
+from gateway.access.tokens import SessionToken, SessionTokens
 from gateway.app import Stores
-from gateway.auth import SessionToken, SessionTokens
-from persistence.agents import Agent
+from persistence.model.agents import Agent
 from tests.attacks.conftest import BANK, EVIL, SHOP, at
 from tests.conftest import PutAgent
 from tests.support.serving import ADMIN, SECRET_KEY

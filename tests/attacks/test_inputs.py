@@ -14,13 +14,14 @@ from langgraph.config import get_stream_writer
 from langgraph.graph import StateGraph
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway import streams
-from gateway.api import rendering
+from gateway.api import reading
 from gateway.app import Pod, Stores
-from gateway.http import Bounds
+from gateway.graphs.echo import echo_graph
+from gateway.graphs.graphs import Graphs
 from gateway.problems import InvalidField
-from gateway.runtime import Graphs, echo_graph
+from gateway.server.protocol import Bounds
 from gateway.settings import Settings
+from gateway.streams import follow
 from tests.conftest import PutAgent
 from tests.support.raw import RawConnection, ask, request
 from tests.support.serving import ADMIN, ADMIN_KEY, served, wait_for
@@ -512,7 +513,7 @@ async def test_leaving_streams_behind_by_a_request_that_waits_behind_them(
     client: httpx.AsyncClient, url: str, pod: Pod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """uvicorn tells only the request that came last that its client has gone: the stream before it would go on for ever."""
-    monkeypatch.setattr(streams, "HEARTBEAT_S", 0.1)
+    monkeypatch.setattr(follow, "HEARTBEAT_S", 0.1)
     session_id = new_session_id()
     await say(client, session_id)
     for _ in range(3):
@@ -552,10 +553,10 @@ def test_stopping_everybody_by_one_long_name_over_many_values() -> None:
             Name.used += 1
             return str(self)
 
-    rendering.check_text([0] * 1_000, Name("metadata"))
+    reading.check_text([0] * 1_000, Name("metadata"))
     assert Name.used == 0, "it would be copied for each value"
     with pytest.raises(InvalidField, match="NUL characters") as refused:
-        rendering.check_text({"a": ["b", "\0"]}, "metadata")
+        reading.check_text({"a": ["b", "\0"]}, "metadata")
     assert refused.value.field == "metadata.a.1"
 
 

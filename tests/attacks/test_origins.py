@@ -5,10 +5,10 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.api import callers
+from gateway.access import gatekeeper
+from gateway.access.domains import AllowedDomains
 from gateway.app import Stores
-from gateway.domains import AllowedDomains
-from persistence.agents import Agent
+from persistence.model.agents import Agent
 from tests.attacks.conftest import BANK, EVIL, SHOP, at
 from tests.conftest import PutAgent
 from tests.support.serving import ADMIN
@@ -206,7 +206,7 @@ async def test_a_list_is_made_ready_once_and_not_for_each_call(
             made.append(entries)
             super().__init__(entries)
 
-    monkeypatch.setattr(callers, "AllowedDomains", Counted)
+    monkeypatch.setattr(gatekeeper, "AllowedDomains", Counted)
     for _ in range(3):
         await say(client, new_session_id(), headers=at(SHOP))
     assert made == [(SHOP,)]
@@ -292,7 +292,7 @@ async def test_a_page_can_read_that_something_went_wrong_in_the_gateway(
     def fail(*arguments: Any, **options: Any) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(callers.Gatekeeper, "access", fail)
+    monkeypatch.setattr(gatekeeper.Gatekeeper, "access", fail)
     answer = await post_message(client, new_session_id(), headers=at(SHOP))
     problem(answer, 500, "internal_error")
     assert cors(answer)["allow-origin"] == f"https://{SHOP}"

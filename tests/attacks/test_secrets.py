@@ -23,11 +23,12 @@ import pytest_asyncio
 from structlog.testing import capture_logs
 
 from gateway.app import Pod
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 from gateway.logs import LibraryLogs
-from gateway.servers import PostgresServer, RedisServer
-from persistence.connection import Client, connect
-from persistence.migrate import load_migrations, migrate
-from persistence.postgres import Postgres
+from persistence.postgres.migrate import load_migrations, migrate
+from persistence.postgres.postgres import Postgres
+from persistence.redis.connection import Client, connect
 from tests.conftest import PutAgent
 from tests.support.commands import run_gateway
 from tests.support.serving import ROOT, GatewayProcess, wait_for

@@ -8,7 +8,8 @@ import pytest
 from playwright.async_api import Browser, async_playwright, expect
 
 from gateway.app import Stores
-from gateway.servers import PostgresServer, RedisServer
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
 from tests.browser.sites import TEXT, Sites, document, serve_sites, tag
 from tests.browser.visits import SCREENSHOTS, Visitors, visitors_of

@@ -11,8 +11,8 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 
-from gateway.cli import QuietServer
-from gateway.servers import HOST, free_port
+from gateway.dev.servers.ports import HOST, free_port
+from gateway.server.serve import QuietServer
 from tests.support.serving import wait_for
 
 TEXT = "<main><h1>A shop</h1><p>Things to buy, and a line of text.</p><button>Put it into the basket</button></main>"

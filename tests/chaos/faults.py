@@ -10,7 +10,7 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from persistence.outbox import CLAIM_IDLE_MS
+from persistence.redis.outbox import CLAIM_IDLE_MS
 from tests.chaos.ledger import Ledger
 from tests.chaos.options import Options
 from tests.chaos.site import AGENTS, Site

@@ -18,8 +18,10 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import ResponseError
 
-from gateway.servers import PostgresServer, RedisServer, free_port
-from persistence.keys import GROUP, Keys
+from gateway.dev.servers.ports import free_port
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
+from persistence.redis.keys import GROUP, Keys
 from tests.chaos.options import Options
 from tests.support.links import Link
 from tests.support.serving import ADMIN, ROOT, GatewayProcess, wait_for

@@ -8,7 +8,7 @@ from typing import Any
 
 import asyncpg
 
-from persistence.keys import GROUP
+from persistence.redis.keys import GROUP
 from tests.chaos.graphs.recall import SECRET
 from tests.chaos.ledger import Conversation, Ledger
 from tests.chaos.site import Site, of_group

@@ -40,7 +40,7 @@ SLOW = Edit(
 )
 """More time between what Postgres has committed and what Redis knows of it."""
 UNSENT = Edit(
-    "gateway/turns.py",
+    "gateway/turns/turns.py",
     "                committed = await self._store.commit(",
     "                await asyncio.sleep(0.3)\n                committed = await self._store.commit(",
 )
@@ -64,7 +64,7 @@ CONTROLS = {
     "the answer is given before its record is on the outbox": Control(
         [
             Edit(
-                "gateway/turns.py",
+                "gateway/turns/turns.py",
                 "        await self._commit(turn, begun, stored, output.context, part)\n",
                 "        turn.settled = True\n"
                 "        later = asyncio.create_task(self._commit(turn, begun, stored, output.context, part))\n"
@@ -122,18 +122,18 @@ CONTROLS = {
     "the echo is not compared": Control(
         [
             Edit(
-                "persistence/scripts.py",
+                "persistence/redis/scripts.py",
                 "            and reply[2] == nonce.encode()\n            and reply[1] == session_id.encode()\n",
                 "",
             ),
-            Edit("persistence/scripts.py", '(fields and fields.get(b"session_id") != session_id.encode())', "False"),
-            Edit("persistence/sessions.py", 'if fields.get(b"turn") != turn_id.encode():', "if False:"),
+            Edit("persistence/redis/scripts.py", '(fields and fields.get(b"session_id") != session_id.encode())', "False"),
+            Edit("persistence/redis/sessions.py", 'if fields.get(b"turn") != turn_id.encode():', "if False:"),
         ],
         ("replies-planted",),
         {"foreign"},
     ),
     "Redis may evict anything": Control(
-        [Edit("persistence/connection.py", 'if policy.startswith("allkeys"):', "if False:"), LATE],
+        [Edit("persistence/redis/connection.py", 'if policy.startswith("allkeys"):', "if False:"), LATE],
         ("redis-full-evicting",),
         {"lost", "out_of_order", "left_over"},
         eviction="allkeys-lru",
@@ -176,7 +176,7 @@ CONTROLS = {
                 "  if not whole(session.turns) then session.turns, session.first_hot, session.flushed = '0', '1', '0' end\n",
             ),
             Edit(
-                "persistence/records.py",
+                "persistence/model/codec.py",
                 "    session = decode_session([fields.get(name)",
                 "    if not fields[b'turns'].isdigit():\n"
                 "        fields = {**fields, b'turns': b'0', b'first_hot': b'1', b'flushed': b'0'}\n"

@@ -15,11 +15,13 @@ import msgspec
 import pytest
 
 from gateway.app import Pod, Stores, build_pod, build_worker
-from gateway.servers import PostgresServer, RedisServer, free_port
+from gateway.dev.servers.ports import free_port
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
 from persistence.errors import PostgresUnavailable
-from persistence.migrate import load_migrations, migrate
-from persistence.postgres import Postgres
+from persistence.postgres.migrate import load_migrations, migrate
+from persistence.postgres.postgres import Postgres
 from persistence.worker import Worker
 from tests.conftest import TABLES, PutAgent
 from tests.support.links import Link

@@ -14,18 +14,20 @@ import pytest
 from redis.asyncio import Redis
 from starlette.requests import Request
 
-from gateway import servers
 from gateway.api.sessions import SessionsApi
 from gateway.app import Stores
-from gateway.servers import PostgresServer, RedisServer, free_port
+from gateway.dev.servers import redis as redis_module
+from gateway.dev.servers.ports import free_port
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
-from persistence.connection import connect, drop_connections
 from persistence.errors import ForeignReply
-from persistence.events import WakeUps
 from persistence.history import OPERATOR
-from persistence.keys import Keys
-from persistence.scripts import Scripts
-from persistence.sessions import Access
+from persistence.model.session import Access
+from persistence.redis.connection import connect, drop_connections
+from persistence.redis.keys import Keys
+from persistence.redis.scripts import Scripts
+from persistence.redis.wakeups import WakeUps
 from tests.conftest import TABLES, PutAgent
 from tests.support.proxy import Proxy, proxy_before
 from tests.support.serving import ADMIN, ADMIN_KEY, SECRET_KEY, wait_for
@@ -37,8 +39,8 @@ Plant = Callable[..., Awaitable[list[asyncio.StreamWriter]]]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[servers.RedisCluster]:
-    with servers.RedisCluster(tmp_path_factory.mktemp("cluster"), [free_port() for _ in range(3)]) as cluster:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[redis_module.RedisCluster]:
+    with redis_module.RedisCluster(tmp_path_factory.mktemp("cluster"), [free_port() for _ in range(3)]) as cluster:
         yield cluster
 
 
@@ -54,7 +56,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def settings(kind: str, proxy: Proxy, cluster: servers.RedisCluster, postgres_server: PostgresServer) -> Settings:
+def settings(kind: str, proxy: Proxy, cluster: redis_module.RedisCluster, postgres_server: PostgresServer) -> Settings:
     return Settings(
         redis_url=proxy.url if kind == "single" else cluster.url,
         database_url=postgres_server.url,
@@ -67,7 +69,7 @@ def settings(kind: str, proxy: Proxy, cluster: servers.RedisCluster, postgres_se
 
 
 @pytest.fixture
-async def empty(redis_server: RedisServer, cluster: servers.RedisCluster, settings: Settings) -> None:
+async def empty(redis_server: RedisServer, cluster: redis_module.RedisCluster, settings: Settings) -> None:
     """Empties every node and the tables."""
     for server in (redis_server, *cluster.servers):
         node = Redis(port=server.port)

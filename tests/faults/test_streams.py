@@ -16,11 +16,13 @@ import pytest
 import pytest_asyncio
 import structlog
 
-from gateway import streams
 from gateway.app import Stores
-from gateway.servers import PostgresServer, RedisServer, free_port
+from gateway.dev.servers.ports import free_port
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
-from persistence.agents import AgentDefinition
+from gateway.streams import follow
+from persistence.model.agents import AgentDefinition
 from tests.conftest import PutAgent
 from tests.support.balancer import Balancer, balancer_before
 from tests.support.serving import GatewayProcess, wait_for
@@ -465,7 +467,7 @@ async def test_a_follower_outlives_a_redis_that_is_away(
     tmp_path: Path, settings: Settings, empty: None, spoken: Spoken, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And one that is away for longer than anybody would wait ends the stream with a word, not with silence."""
-    monkeypatch.setattr(streams, "GIVE_UP_S", 0.5)
+    monkeypatch.setattr(follow, "GIVE_UP_S", 0.5)
     with RedisServer(tmp_path, free_port()) as redis:
         settings = msgspec.structs.replace(settings, redis_url=redis.url, drain_s=0)
         async with AsyncExitStack() as stack:

@@ -7,7 +7,8 @@ from typing import Any, cast
 import pytest
 from redis.asyncio import Redis
 
-from gateway.servers import RedisServer, free_port
+from gateway.dev.servers.ports import free_port
+from gateway.dev.servers.redis import RedisServer
 from tests.chaos.faults import Window
 from tests.chaos.ledger import Conversation, DiskStall, Ledger, Message
 from tests.chaos.unavailability import limits_broken, seen

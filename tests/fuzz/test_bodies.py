@@ -12,9 +12,9 @@ import httpx
 import msgspec
 import pytest
 
-from gateway.api import rendering
+from gateway.api import reading
 from gateway.app import Stores, build_pod
-from gateway.http import Bounds
+from gateway.server.protocol import Bounds
 from gateway.settings import Settings
 from tests.conftest import PutAgent
 from tests.fuzz.broken import Breaker
@@ -107,7 +107,7 @@ async def test_without_the_check_for_nul_the_same_bodies_make_dead_letters_or_5x
 ) -> None:
     """The control."""
     await put_agent("shop")
-    monkeypatch.setattr(rendering, "_unstorable", lambda *arguments: None)
+    monkeypatch.setattr(reading, "_unstorable", lambda *arguments: None)
     outcome = await fuzz_bodies(str(client.base_url), 500)
     await flush()
     dead = await stores.outbox.dead_letters()

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from itertools import cycle
 
-from gateway.servers import HOST
+from gateway.dev.servers.ports import HOST
 
 
 class Balancer:

@@ -13,7 +13,7 @@ from typing import Self
 
 import msgspec
 
-from gateway.servers import free_port
+from gateway.dev.servers.ports import free_port
 from tests.support.serving import ROOT, wait_for
 
 

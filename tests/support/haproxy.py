@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from gateway.servers import HOST, Server, ServerError, free_port
+from gateway.dev.servers.ports import HOST, ServerError, free_port
+from gateway.dev.servers.process import Server
 from tests.support.serving import ROOT
 
 

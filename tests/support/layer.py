@@ -7,12 +7,16 @@ from typing import Any
 
 from uuid_utils.compat import uuid7
 
-from persistence.connection import Client, check_server, connect
-from persistence.keys import Keys
-from persistence.outbox import Outbox
-from persistence.records import ChatMessage, Message, Record, Session, Turn, decode_record, iso
-from persistence.scripts import Scripts
-from persistence.sessions import Absent, Access, Begun, Committed, Hot, NewSession, Opened, SessionStore, TurnPolicy
+from persistence.model.agents import TurnPolicy
+from persistence.model.codec import decode_record
+from persistence.model.session import Access, ChatMessage, Message, NewSession, Record, Session, Turn
+from persistence.model.times import iso
+from persistence.redis.connection import Client, check_server, connect
+from persistence.redis.keys import Keys
+from persistence.redis.outbox import Outbox
+from persistence.redis.outcomes import Absent, Begun, Committed, Hot, Opened
+from persistence.redis.scripts import Scripts
+from persistence.redis.sessions import SessionStore
 from tests.support.rule import all_keys, breaches
 
 AGENT_ID = "01900000-0000-7000-8000-00000000a9e1"

@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-from gateway.servers import HOST
+from gateway.dev.servers.ports import HOST
 
 
 class Link:

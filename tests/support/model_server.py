@@ -15,8 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from gateway.cli import QuietServer
-from gateway.servers import HOST, free_port
+from gateway.dev.servers.ports import HOST, free_port
+from gateway.server.serve import QuietServer
 from tests.support.serving import wait_for
 
 MODEL = "gpt-test-2026"

@@ -14,9 +14,10 @@ import structlog
 from langgraph.graph import StateGraph
 
 from gateway.app import Pod, Stores
-from gateway.runtime import EchoState, Graphs, echo_graph
+from gateway.graphs.echo import EchoState, echo_graph
+from gateway.graphs.graphs import Graphs
 from gateway.settings import Settings
-from persistence.scripts import Scripts
+from persistence.redis.scripts import Scripts
 from tests.support.serving import GatewayProcess, served, wait_for
 
 

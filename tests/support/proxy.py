@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from gateway.servers import HOST
+from gateway.dev.servers.ports import HOST
 
 
 class Proxy:

@@ -4,7 +4,7 @@ from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
 
-from persistence.keys import Keys
+from persistence.redis.keys import Keys
 
 
 async def all_keys(client: Redis | RedisCluster, keys: Keys) -> list[str]:

@@ -15,9 +15,9 @@ import httpx
 import uvicorn
 
 from gateway.app import Pod
-from gateway.cli import QuietServer
-from gateway.http import Bounds, http_protocol
-from gateway.servers import HOST, free_port
+from gateway.dev.servers.ports import HOST, free_port
+from gateway.server.protocol import Bounds, http_protocol
+from gateway.server.serve import QuietServer
 
 ROOT = Path(__file__).parents[2]
 SECRET_KEY = "a secret key for tests, 32 characters"

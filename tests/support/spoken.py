@@ -15,7 +15,8 @@ from langgraph.config import get_stream_writer
 from langgraph.graph import StateGraph
 
 from gateway.app import Pod, Stores
-from gateway.runtime import EchoState, Graphs, echo_graph
+from gateway.graphs.echo import EchoState, echo_graph
+from gateway.graphs.graphs import Graphs
 from gateway.settings import Settings
 from tests.support.serving import served, wait_for
 

@@ -11,8 +11,11 @@ from gateway.app import Stores, build_worker
 from gateway.settings import Settings
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
-from persistence.records import Message, Record, Turn, decode_record, iso
-from persistence.sessions import Absent, Access, Begun, Hot, NewSession, Opened, TurnPolicy
+from persistence.model.agents import TurnPolicy
+from persistence.model.codec import decode_record
+from persistence.model.session import Access, Message, NewSession, Record, Turn
+from persistence.model.times import iso
+from persistence.redis.outcomes import Absent, Begun, Hot, Opened
 from persistence.worker import Worker
 
 AGENT_ID = "01890000-0000-7000-8000-000000000001"

@@ -6,10 +6,10 @@ from typing import Any
 from redis.asyncio import Connection, Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 
-from persistence.connection import connect
-from persistence.keys import Keys
-from persistence.lines import Argument, HeldLines
-from persistence.scripts import Scripts, script_texts
+from persistence.redis.connection import connect
+from persistence.redis.keys import Keys
+from persistence.redis.pool import Argument, HeldLines
+from persistence.redis.scripts import Scripts, script_texts
 from tests.support.serving import wait_for
 
 

@@ -1,0 +1,85 @@
+"""What a request says of its sender."""
+
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from uuid_utils import uuid7
+
+from gateway.access.audit import Operator
+from gateway.access.domains import Origin, normal_domain, read_origin
+from gateway.access.tokens import bearer
+from gateway.problems import InvalidField
+
+MAX_USER_AGENT = 512
+
+UserToken = msgspec.Meta(max_length=4096, description="A JWT with which the agent's site says who its visitor is")
+
+
+class Caller:
+    """What a request says of its sender. The domain of the Origin header goes before one in the body."""
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        headers = request.headers
+        origins = headers.getlist("origin")
+        # A browser sends one.
+        self.origin: Origin | None = read_origin(origins[0] if len(origins) == 1 else "null") if origins else None
+        self.website_domain = self.origin.domain if self.origin else ""
+        self.user_agent = headers.get("user-agent", "")[:MAX_USER_AGENT]
+        self.ip_address = address_of(request)
+        self.token = bearer(headers.get("authorization", ""))
+        # Two that differ are one too many: which of them is meant is not for us to guess.
+        self.user_tokens = {headers["x-user-token"]} if "x-user-token" in headers else set()
+
+    def add_body(self, metadata: dict[str, Any], user_token: str | None) -> None:
+        """Adds what the body says of its sender, where the headers say nothing. Raises InvalidField."""
+        if self.origin is None:
+            self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
+        if not self.user_agent:
+            self.user_agent = _text(metadata, "user_agent", 10_000)[:MAX_USER_AGENT]
+        if user_token is not None:
+            self.user_tokens.add(user_token)
+
+
+def address_of(request: Request) -> str:
+    """The address that a request comes from, as gateway/api/middleware/client_address.py has found it; empty when there is none."""
+    return request.client.host if request.client else ""
+
+
+def known_operator(request: Request) -> Operator | None:
+    """The operator who makes this request, if the gatekeeper has found that one does."""
+    # Not by request.state, which makes an object to hold what nearly no request has.
+    operator: Operator | None = request.scope.get("state", {}).get("operator")
+    return operator
+
+
+def kept_address(address: str, *, truncate: bool) -> str:
+    """An address as it is stored: whole, or without what tells one visitor from the next (the last 8 bits of IPv4, the
+    last 80 of IPv6)."""
+    if not truncate:
+        return address
+    try:
+        parsed = ip_address(address)
+    except ValueError:
+        # Nobody knows which part of it names the visitor.
+        return ""
+    if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
+        return str(IPv6Address(int(parsed) >> 80 << 80))
+    whole = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else parsed
+    return str(IPv4Address(int(whole or 0) >> 8 << 8))
+
+
+def _text(metadata: dict[str, Any], name: str, longest: int) -> str:
+    value = metadata.get(name, "")
+    if not isinstance(value, str) or len(value) > longest:
+        raise InvalidField(f"metadata.{name}: a string of at most {longest} characters", field=f"metadata.{name}")
+    return value
+
+
+def request_id(request: Request) -> str:
+    """The request's id: made here, never taken from the client."""
+    if not hasattr(request.state, "request_id"):
+        request.state.request_id = str(uuid7())
+    return str(request.state.request_id)

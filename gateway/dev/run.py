@@ -1,0 +1,224 @@
+"""The development server: a real Redis, a real PostgreSQL, the gateway and a worker, started and stopped together."""
+
+import asyncio
+import json
+import os
+import secrets
+import shlex
+import shutil
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.resources import files
+from pathlib import Path
+from time import time
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from gateway.api.answers import answer
+from gateway.app import Pod, Stores, build_pod, build_worker
+from gateway.dev.servers.ports import ServerError, free_port, port_is_free
+from gateway.dev.servers.postgres import PostgresServer
+from gateway.dev.servers.process import Server
+from gateway.dev.servers.redis import RedisServer
+from gateway.settings import Settings, load_settings
+from persistence.errors import PostgresUnavailable
+from persistence.model.agents import AgentDefinition
+from persistence.postgres.migrate import load_migrations, migrate
+from persistence.worker import Worker
+
+REDIS_PORT = 6390
+POSTGRES_PORT = 5490
+DRAIN_S = 10.0
+DEMO = {"delay_ms": 700, "chunks": 14}
+"""So that a newcomer sees the demo agent write."""
+
+
+class DevOptions(msgspec.Struct, frozen=True):
+    """What the command line says."""
+
+    port: int
+    data: Path
+    worker: bool
+
+
+async def run_dev(
+    options: DevOptions,
+    environment: Mapping[str, str],
+    serve: Callable[[Pod], Awaitable[None]],
+    on_signals: Callable[[Callable[[], None]], None],
+) -> None:
+    """Runs everything until SIGINT or SIGTERM. Raises ServerError, SettingsError or PersistenceError."""
+    # Asked for between the steps of the start, each of which is short; nothing is cancelled half-way.
+    interrupted = asyncio.Event()
+    on_signals(interrupted.set)
+    if not 1 <= options.port <= 65_535:
+        raise ServerError(f"--port {options.port} is not between 1 and 65535")
+    if not port_is_free(options.port):
+        raise ServerError(f"port {options.port} is in use: choose another with --port")
+    async with AsyncExitStack() as stack:
+        options.data.mkdir(parents=True, exist_ok=True)
+        variables = {name: value for name, value in environment.items() if name.startswith("GATEWAY_")}
+        shown: dict[str, str] = {}
+        if not variables.get("GATEWAY_REDIS_URL"):
+            redis = RedisServer(options.data / "redis", _port(REDIS_PORT))
+            await _start(stack, redis)
+            variables["GATEWAY_REDIS_URL"] = redis.url
+            shown["redis"] = f"{_redis_cli()} -p {redis.port}"
+        if interrupted.is_set():
+            return
+        if not variables.get("GATEWAY_DATABASE_URL"):
+            postgres = PostgresServer(options.data / "postgres", _port(POSTGRES_PORT), database="gateway")
+            await _start(stack, postgres)
+            variables["GATEWAY_DATABASE_URL"] = postgres.url
+            psql = "psql" if shutil.which("psql") else shlex.quote(_shown_path(postgres.psql))
+            shown["postgres"] = f"{psql} {postgres.url}"
+        if interrupted.is_set():
+            return
+        settings = _settings(options, variables)
+        stores = Stores(settings)
+        stack.push_async_callback(stores.close)
+        await _migrate(stores)
+        pod = await build_pod(settings, stores, [Route("/", _demo_page), Route("/dev/session", Behind(stores).show)])
+        await stores.agents.put("demo", AgentDefinition(graph="echo", config=DEMO))
+        if options.worker:
+            worker = await build_worker(settings, stores)
+            await stack.enter_async_context(_working(worker))
+        if interrupted.is_set():
+            return
+        _print_summary(options, settings, shown)
+        # From here on the signals are the pod's.
+        await serve(pod)
+        print("stopping", file=sys.stderr)
+
+
+async def _start(stack: AsyncExitStack, server: Server) -> None:
+    """Starts a server that stops with the stack."""
+    stack.callback(server.stop)
+    await asyncio.to_thread(server.start)
+
+
+def _port(preferred: int) -> int:
+    return preferred if port_is_free(preferred) else free_port()
+
+
+def _redis_cli() -> str:
+    return next((name for name in ("redis-cli", "valkey-cli") if shutil.which(name)), "redis-cli")
+
+
+def _shown_path(path: Path) -> str:
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)
+
+
+def _settings(options: DevOptions, variables: dict[str, str]) -> Settings:
+    """The settings, with keys of the data folder's own, so that tokens survive a restart."""
+    file = options.data / "keys.json"
+    if not file.exists():
+        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), "w") as out:
+            json.dump({"SECRET_KEY": secrets.token_urlsafe(32), "ADMIN_KEY": secrets.token_hex(16)}, out)
+    for name, value in json.loads(file.read_text()).items():
+        variables.setdefault(f"GATEWAY_{name}", value)
+    # Everybody who opens a session comes from the same address here.
+    variables.setdefault("GATEWAY_ADDRESS_SESSION_LIMIT", "600/60")
+    # There is no balancer to be given notice.
+    variables.setdefault("GATEWAY_DRAIN_NOTICE_S", "0")
+    return load_settings({**variables, "GATEWAY_PORT": str(options.port)})
+
+
+async def _migrate(stores: Stores) -> None:
+    deadline = time() + 10
+    while True:
+        try:
+            await migrate(stores.postgres, load_migrations())
+            return
+        except PostgresUnavailable:
+            if time() > deadline:
+                raise
+            await asyncio.sleep(0.2)
+
+
+@asynccontextmanager
+async def _working(worker: Worker) -> AsyncIterator[None]:
+    """The worker runs beside the pod, and flushes what is left when the pod has stopped."""
+    task = asyncio.create_task(worker.run())
+    yield
+    worker.stop()
+    await task
+    await worker.drain(DRAIN_S)
+
+
+def _print_summary(options: DevOptions, settings: Settings, shown: Mapping[str, str]) -> None:
+    url = f"http://127.0.0.1:{options.port}"
+    session_id = f"session_{int(time() * 1000)}_{secrets.token_hex(6)}"
+    key = f"{settings.key_prefix}:{{0}}:session:{session_id}"
+    body = json.dumps({"message": "Hello", "session_id": session_id, "metadata": {"website_domain": "127.0.0.1"}})
+    lines = [
+        "",
+        f"  gateway    {url}   (demo page, agent `demo` on the graph `echo`)",
+        f"  admin key  {settings.admin_key}",
+        f"  data       {options.data}",
+        "",
+        "  say hello:",
+        f"    curl -s {url}/api/chat/demo/message -H 'Content-Type: application/json' -d '{body}'",
+    ]
+    if "redis" in shown:
+        lines += ["  look at that session in Redis:", f"    {shown['redis']} HGETALL '{key}'"]
+        if not shutil.which(shown["redis"].split()[0]):
+            lines += ["    (redis-cli is not installed: Debian's package is redis-tools)"]
+    if "postgres" in shown:
+        query = "SELECT role, content FROM agent_messages ORDER BY created_at DESC LIMIT 10"
+        lines += ["  and in Postgres:", f"    {shown['postgres']} -c '{query}'"]
+    if not options.worker:
+        lines += ["", "  the worker is left out: nothing reaches Postgres, and no session gets a TTL"]
+    lines += ["", "  Ctrl-C stops all of it.", ""]
+    print("\n".join(lines), flush=True)
+
+
+async def _demo_page(request: Request) -> Response:
+    return Response((files("gateway") / "dev" / "demo.html").read_bytes(), media_type="text/html")
+
+
+class Behind:
+    """What the demo page shows of a session: its hash, its TTL, the outbox, its rows. Empty for one not begun."""
+
+    def __init__(self, stores: Stores) -> None:
+        self._stores = stores
+
+    async def show(self, request: Request) -> Response:
+        """GET /dev/session"""
+        stores, session_id = self._stores, request.query_params.get("session_id", "")
+        key = stores.keys.session(session_id)
+        began = time()
+        found: list[bytes] = await stores.scripts.command("HGETALL", key)
+        ttl_s = await stores.scripts.command("TTL", key)
+        redis_ms = round((time() - began) * 1000, 2)
+        backlog = await stores.outbox.backlog(int(time() * 1000))
+        rows: list[dict[str, Any]] | None = []
+        try:
+            stored = await stores.postgres.find_session(session_id)
+            if stored:
+                messages = await stores.postgres.load_messages(stored.id, 2**31 - 1, 50)
+                rows = [
+                    {"role": one.role, "content": one.content, "seq": one.seq, "created_at": one.created_at}
+                    for one in messages
+                ]
+        except PostgresUnavailable:
+            rows = None
+        pairs = zip(found[::2], found[1::2], strict=True)
+        return answer(
+            {
+                "key": key,
+                "ttl_s": ttl_s if ttl_s >= 0 else None,
+                "hash": {name.decode(): value.decode(errors="replace") for name, value in sorted(pairs)},
+                "outbox": backlog.records,
+                "rows": rows,
+                "redis_ms": redis_ms,
+            }
+        )

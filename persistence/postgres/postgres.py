@@ -1,0 +1,251 @@
+"""Postgres: what is kept for good. Written by the worker and the admin API, read when a session is not in Redis.
+
+Works behind PgBouncer in transaction mode: no prepared statement, lock or setting outlives its transaction, and every
+statement runs inside one."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import msgspec
+
+from persistence.errors import DataRefused, PostgresUnavailable
+from persistence.model.agents import Agent
+from persistence.model.ids import as_uuid
+from persistence.model.session import Record, Session, Snapshot, StoredMessage
+from persistence.model.times import moment
+from persistence.postgres.rows import agent_of, message_columns, session_columns, session_of, stored_message_of, turns_of
+from persistence.postgres.statements import load_statements
+
+Connection = asyncpg.pool.PoolConnectionProxy
+
+REFUSED = (
+    asyncpg.DataError,
+    asyncpg.IntegrityConstraintViolationError,
+    asyncpg.ProgramLimitExceededError,
+    ValueError,
+    OverflowError,
+)
+"""The data's own fault. Everything else (the connection, the server's state, a schema of another version) can pass, and
+must never put a good record among the dead letters."""
+
+UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
+"""What is not the data's fault. A time-out is an OSError."""
+
+TELLING = frozenset(("08", "28", "3D", "42", "53", "55", "57"))
+"""Classes of errors whose text names connections, roles, databases, tables and limits, and no values (PostgreSQL, appendix
+A). Any other may quote a row."""
+
+
+def _reason(error: Exception) -> str:
+    """An error in words that can be logged: nothing of a row, and nothing of the URL."""
+    kind = type(error).__name__
+    if isinstance(error, asyncpg.PostgresError):
+        state = str(error.sqlstate or "")
+        return f"{kind}: {error.args[0]}" if state[:2] in TELLING and error.args else f"{kind} {state}".strip()
+    if isinstance(error, (ValueError, OverflowError)):
+        return f"{kind}: GATEWAY_DATABASE_URL cannot be used"
+    return f"{kind}: {error}"
+
+
+class SessionFilter(msgspec.Struct, frozen=True):
+    """Which sessions a list is about; None is any."""
+
+    agent_id: str | None = None
+    status: str | None = None
+    website_domain: str | None = None
+    channel: str | None = None
+
+    def matches(self, session: Session) -> bool:
+        return (
+            self.agent_id in (None, session.agent_id)
+            and self.status in (None, session.status)
+            and self.website_domain in (None, session.website_domain)
+            and self.channel in (None, session.channel)
+        )
+
+
+class Totals(msgspec.Struct):
+    sessions: int
+    active: int
+    messages: int
+
+
+class Postgres:
+    """A pool of connections that opens on first use, so that a pod starts while Postgres is down."""
+
+    def __init__(self, url: str, *, connections: int = 4, timeout_s: float = 1.5) -> None:
+        self._url = url
+        self._connections = connections
+        self._timeout_s = timeout_s
+        self._pool: asyncpg.Pool | None = None
+        self._opening = asyncio.Lock()
+        self._statements = load_statements()
+
+    async def close(self) -> None:
+        if self._pool is not None:
+            self._pool.terminate()
+            self._pool = None
+
+    @asynccontextmanager
+    async def transaction(self, timeout_s: float | None = None) -> AsyncIterator["Transaction"]:
+        """One transaction, bounded in time. Raises PostgresUnavailable or DataRefused."""
+        try:
+            async with self._connection(timeout_s or self._timeout_s) as connection, connection.transaction():
+                yield Transaction(connection, self._statements)
+        except REFUSED as error:
+            constraint = getattr(error, "constraint_name", None) or ""
+            raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error
+        except UNREACHABLE as error:
+            raise PostgresUnavailable(_reason(error)) from error
+
+    @asynccontextmanager
+    async def _connection(self, timeout_s: float) -> AsyncIterator[Connection]:
+        """A connection for a time. When the time is over it is cut off: a server that hangs would not even hear of a
+        rollback, and asyncpg waits for that without a limit. Raises PostgresUnavailable when there is none to be had."""
+        async with asyncio.timeout(timeout_s) as limit:
+            try:
+                pool = await self._open()
+                connection = await pool.acquire()
+            except (*UNREACHABLE, ValueError, OverflowError) as error:
+                raise PostgresUnavailable(_reason(error)) from error
+            when = limit.when()
+            assert when is not None
+            cut_off = asyncio.get_running_loop().call_at(when - 0.001, connection.terminate)
+            try:
+                yield connection
+            finally:
+                cut_off.cancel()
+                await pool.release(connection, timeout=1)
+
+    async def _open(self) -> asyncpg.Pool:
+        async with self._opening:
+            if self._pool is None:
+                pool = asyncpg.create_pool(
+                    self._url,
+                    min_size=0,
+                    max_size=self._connections,
+                    statement_cache_size=0,
+                    timeout=self._timeout_s,
+                    server_settings={"application_name": "gateway"},
+                    reset=_nothing_to_reset,
+                )
+                self._pool = await pool
+            return self._pool
+
+    async def migrated_to(self) -> int:
+        """The number of the newest migration applied. Raises PostgresUnavailable."""
+        async with self.transaction() as transaction:
+            return int((await transaction.fetch("ping"))[0][0])
+
+    async def find_session(self, session_id: str) -> Session | None:
+        async with self.transaction() as transaction:
+            return await transaction.find_session(session_id)
+
+    async def find_snapshot(self, session_id: str, hot_turns: int) -> Snapshot | None:
+        """A session with up to `hot_turns` of its newest turns."""
+        async with self.transaction() as transaction:
+            return await transaction.find_snapshot(session_id, hot_turns)
+
+    async def load_messages(self, session_uuid: str, before: int, limit: int) -> list[StoredMessage]:
+        """Up to `limit` messages with a number below `before`, oldest first."""
+        async with self.transaction() as transaction:
+            rows = await transaction.fetch("load_messages", UUID(session_uuid), before, limit)
+            return [stored_message_of(row) for row in reversed(rows)]
+
+    async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[Session]:
+        """Sessions by last activity, newest first, from behind `after` (last_activity_at, session_id)."""
+        async with self.transaction() as transaction:
+            rows = await transaction.fetch(
+                "list_sessions",
+                UUID(which.agent_id) if which.agent_id else None,
+                which.status,
+                which.website_domain,
+                which.channel,
+                moment(after[0]) if after else None,
+                after[1] if after else None,
+                limit,
+            )
+            return [session_of(row) for row in rows]
+
+    async def totals(self, agent_id: str | None, left_out: Sequence[str]) -> Totals:
+        """Totals over an agent's sessions (None: all), but for those left out."""
+        async with self.transaction(5) as transaction:
+            row = (await transaction.fetch("session_stats", UUID(agent_id) if agent_id else None, list(left_out)))[0]
+            return Totals(row["total_sessions"], row["active_sessions"], row["messages"])
+
+    async def put_agent(self, agent: Agent) -> None:
+        """Creates the agent or replaces it. Raises DataRefused when its name is another one's."""
+        async with self.transaction() as transaction:
+            definition = msgspec.json.encode(agent.definition).decode()
+            await transaction.fetch("put_agent", UUID(agent.id), agent.name, definition)
+
+    async def find_agent(self, reference: str) -> Agent | None:
+        """An agent by UUID or name."""
+        agent_id = as_uuid(reference)
+        async with self.transaction() as transaction:
+            rows = await transaction.fetch("find_agent", UUID(agent_id) if agent_id else None, reference)
+            return agent_of(rows[0]) if rows else None
+
+    async def list_agents(self) -> list[Agent]:
+        async with self.transaction() as transaction:
+            return [agent_of(row) for row in await transaction.fetch("list_agents")]
+
+    async def delete_agent(self, agent_id: str) -> None:
+        async with self.transaction() as transaction:
+            await transaction.fetch("delete_agent", UUID(agent_id))
+
+
+class Transaction:
+    """The statements of one transaction."""
+
+    def __init__(self, connection: Connection, statements: dict[str, str]) -> None:
+        self._connection = connection
+        self._statements = statements
+
+    async def fetch(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
+        """Runs the statement of that name."""
+        return await self._connection.fetch(self._statements[name], *arguments)
+
+    async def run(self, sql: str) -> None:
+        """Runs a script of several statements, such as a migration."""
+        await self._connection.execute(sql)
+
+    async def find_session(self, session_id: str) -> Session | None:
+        rows = await self.fetch("find_session", session_id)
+        return session_of(rows[0]) if rows else None
+
+    async def find_snapshot(self, session_id: str, hot_turns: int) -> Snapshot | None:
+        """A session with up to `hot_turns` of its newest turns."""
+        session = await self.find_session(session_id)
+        if session is None:
+            return None
+        first = max(1, session.turns - hot_turns + 1)
+        rows = await self.fetch("load_turns", UUID(session.id), first)
+        return Snapshot(session, first, turns_of(rows, first, session))
+
+    async def flush(self, records: Sequence[Record]) -> None:
+        """Brings the records into the tables. Flushing a record again changes nothing."""
+        erased = [UUID(record.session.id) for record in records if record.session.status == "erased"]
+        kept = [record for record in records if record.session.status != "erased"]
+        await self.fetch("lock_erase" if erased else "lock_flush")
+        if erased:
+            await self.fetch("erase_sessions", erased)
+        if not kept:
+            return
+        newest: dict[str, Session] = {}
+        for record in kept:
+            known = newest.get(record.session.id)
+            if known is None or known.revision < record.session.revision:
+                newest[record.session.id] = record.session
+        changed = await self.fetch("flush", *session_columns(newest.values()), *message_columns(kept))
+        if changed:
+            await self.fetch("write_histories", [row["id"] for row in changed])
+
+
+async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
+    """In place of the statements that asyncpg runs each time a connection goes back to the pool: nothing outlives its
+    transaction."""

@@ -1,0 +1,95 @@
+"""Every Redis key: its name, type, lifetime and writer. The keys are a supported interface: operators read them.
+
+key                                type    life                      written by
+gw:{p}:session:<session_id>        hash    TTL only when all of it   lua/open, begin, commit, abort, renew, hydrate, end,
+                                           is in Postgres and no     time_out, erase, mark_flushed, dead_letter, reap
+                                           turn runs on it
+gw:{p}:outbox                      stream  permanent                 lua/open, commit, end, time_out, erase, retry_dead
+gw:{p}:outbox_bytes                string  permanent                 the same, mark_flushed, dead_letter: the bytes of the
+                                                                     records on the outbox
+gw:{p}:dead                        stream  permanent                 lua/dead_letter
+gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given)
+gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim
+gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn
+gw:{p}:events:<turn_id>            stream  5 min after its last      lua/append, commit, abort, cancel
+gw:{p}:logs                        hash    permanent, trimmed        lua/append, commit, abort, cancel; lua/trim_logs:
+                                                                     a field a session, which of its turns have a log
+gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
+                                                                     guards lua/hydrate and lua/open
+gw:limit:{p}:<bucket>              string  until it is empty         lua/limit; buckets: address:<ip>, sessions:<ip>,
+                                                                     misses:<ip>, agent:<agent_id>,
+                                                                     domain:<agent_id>:<domain>
+gw:limit:{p}:day:<agent_id>        string  until midnight UTC        lua/limit (turns of the day)
+gw:limit:{p}:running:<agent_id>    hash    5 s after its pods' last  lua/limit: a field a pod, turns@until_ms
+                                           word
+gw:agent:<agent_id>                hash    permanent                 agents.py
+gw:agent:<name>                    hash    permanent                 agents.py (points at the agent's id)
+gw:meta                            hash    permanent                 connection.py
+
+`p` is `crc16(session_id) % partitions`; everything about one session shares its hash slot. A limit's is that of its name."""
+
+from binascii import crc_hqx
+
+GROUP = "flush"
+"""The consumer group of every outbox."""
+
+
+class Keys:
+    """Names of keys under one prefix and partition number."""
+
+    def __init__(self, prefix: str, partitions: int) -> None:
+        self.prefix = prefix
+        self.partitions = partitions
+        self.meta = f"{prefix}:meta"
+        self.control = f"{prefix}:control"
+        self._heads = [f"{prefix}:{{{partition}}}:" for partition in range(partitions)]
+
+    def partition(self, session_id: str) -> int:
+        """The partition of a session or limit: CRC16/XMODEM of its id, as Redis Cluster hashes keys, modulo `partitions`."""
+        return crc_hqx(session_id.encode(), 0) % self.partitions
+
+    def head(self, session_id: str) -> str:
+        """The common beginning of every key about this session."""
+        return self._heads[self.partition(session_id)]
+
+    def session(self, session_id: str) -> str:
+        return f"{self.head(session_id)}session:{session_id}"
+
+    def outbox(self, partition: int) -> str:
+        return f"{self._heads[partition]}outbox"
+
+    def outbox_bytes(self, partition: int) -> str:
+        return f"{self._heads[partition]}outbox_bytes"
+
+    def dead(self, partition: int) -> str:
+        return f"{self._heads[partition]}dead"
+
+    def live(self, partition: int) -> str:
+        return f"{self._heads[partition]}live"
+
+    def running(self, partition: int) -> str:
+        return f"{self._heads[partition]}running"
+
+    def logs(self, partition: int) -> str:
+        return f"{self._heads[partition]}logs"
+
+    def events(self, session_id: str, turn_id: str) -> str:
+        """The log of a turn."""
+        return f"{self.head(session_id)}events:{turn_id}"
+
+    def channel(self, session_id: str) -> str:
+        """Where it is published that something about a session is new; a channel, not a key."""
+        return f"{self.head(session_id)}news:{session_id}"
+
+    def agent(self, reference: str) -> str:
+        """The hash of an agent's definition (by id) or of the pointer to it (by name)."""
+        return f"{self.prefix}:agent:{reference}"
+
+    def limit(self, bucket: str) -> str:
+        """A rate limit that is not about one session."""
+        return f"{self.prefix}:limit:{{{self.partition(bucket)}}}:{bucket}"
+
+    def permanent(self) -> set[str]:
+        """The keys that live without a TTL, agents' apart."""
+        names = ("outbox", "outbox_bytes", "dead", "fence", "live", "running", "logs")
+        return {self.meta} | {head + name for head in self._heads for name in names}

@@ -1,0 +1,340 @@
+"""The Redis layer: everything that happens to a session, one atomic script each. Redis owns the truth about a live session.
+
+Called by the gateway (begin, commit, abort, renew, open, read, end, erase) and by the worker (hydrate, time_out, reap).
+It never reads Postgres: a session that is not in Redis comes back as `Absent` with a ticket, and whoever can read
+Postgres installs it with `hydrate` under that ticket."""
+
+from math import ceil
+from typing import Any
+
+import msgspec
+
+from persistence.errors import Damaged
+from persistence.model.agents import TurnPolicy
+from persistence.model.codec import (
+    decode_hash,
+    decode_session,
+    decode_turn,
+    decode_turns,
+    encode_object,
+    encode_session,
+    encode_turn,
+)
+from persistence.model.ids import masked
+from persistence.model.session import Access, NewSession, Session, Snapshot, Turn
+from persistence.model.times import ms_of
+from persistence.redis.keys import GROUP, Keys
+from persistence.redis.log_entries import Part, log_arguments
+from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Opened, Queued, Refused, Replay
+from persistence.redis.scripts import Scripts
+
+TICKET_MS = 10_000
+
+WAITER_MS = 2_000
+
+
+class SessionStore:
+    """Sessions in one Redis. `lease_ms` is how long a dead pod can block a session; `max_backlog` records, and
+    `max_backlog_bytes` of them, may wait for Postgres before new turns are refused. Each partition has an even share,
+    rounded up: a script sees no other than its own."""
+
+    def __init__(
+        self,
+        scripts: Scripts,
+        keys: Keys,
+        *,
+        lease_ms: int = 15_000,
+        max_backlog: int = 200_000,
+        max_backlog_bytes: int = 2**30,
+    ) -> None:
+        self._scripts = scripts
+        self._keys = keys
+        self.lease_ms = lease_ms
+        self._room = {
+            "max_backlog": ceil(max_backlog / keys.partitions),
+            "max_backlog_bytes": ceil(max_backlog_bytes / keys.partitions),
+        }
+
+    def _key(self, session_id: str, *names: str) -> list[str]:
+        """The session's key, then the keys of its partition by name; `ticket` is the session's own."""
+        head = self._keys.head(session_id)
+        return [
+            f"{head}session:{session_id}",
+            *(f"{head}ticket:{session_id}" if name == "ticket" else head + name for name in names),
+        ]
+
+    async def begin(
+        self,
+        session_id: str,
+        turn_id: str,
+        access: Access,
+        policy: TurnPolicy,
+        *,
+        message_id: str = "",
+        digest: str = "",
+    ) -> Begun | Absent | Replay | Busy | Queued | Refused:
+        """Takes the session for a turn. Repeating the call with the same `turn_id` is safe.
+
+        `digest` is one of the message, so that its `message_id` is not taken for another's while it is being answered.
+        """
+        reply, fields = await self._scripts.run_and_read(
+            "begin",
+            session_id,
+            self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket"),
+            {
+                "turn_id": turn_id,
+                **access_arguments(access),
+                "message_id": message_id,
+                "digest": digest,
+                "lease_ms": self.lease_ms,
+                "hot_ttl_s": policy.hot_ttl_s,
+                "if_busy": policy.if_busy,
+                "max_waiting": policy.max_waiting,
+                "waiter_ms": WAITER_MS,
+                "rate_messages": policy.rate_messages,
+                "rate_ms": policy.rate_per_s * 1000,
+                "rate_shadow": int(policy.rate_shadow),
+                **self._room,
+                "ticket_ms": TICKET_MS,
+                "channel": self._keys.channel(session_id),
+            },
+        )
+        where = f"session {masked(session_id)}"
+        match reply:
+            case ["begun", fence, now_ms, rate_ahead_ms]:
+                if fields.get(b"turn") != turn_id.encode():
+                    # Something ended the turn between the script and the reading: the script knows what to say of it.
+                    return await self.begin(session_id, turn_id, access, policy, message_id=message_id, digest=digest)
+                try:
+                    session, history = decode_hash(fields, policy.hot_turns, where)
+                except Damaged:
+                    # Nobody knows of the turn yet: the session stays as it was found.
+                    await self.abort(session_id, turn_id, int(fence))
+                    raise
+                return Begun(int(fence), int(now_ms), session, history, rate_ahead_ms)
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case ["replay", number, header, turn]:
+                return Replay(decode_session(header, where), number, decode_turn(turn, where, f"t:{number}"))
+            case ["busy", left_ms, same, running]:
+                return Busy(int(left_ms), bool(same), running.decode())
+            case ["queued", position]:
+                return Queued(position)
+            case ["limited", retry_after_ms]:
+                return Refused("limited", int(retry_after_ms))
+            case [reason]:
+                return Refused(reason)
+        raise Damaged(where, "reply", f"of begin is {reply[0]}")
+
+    async def commit(
+        self, begun: Begun, turn: Turn, policy: TurnPolicy, context: dict[str, Any] | None = None, part: Part | None = None
+    ) -> Committed | None:
+        """Appends the turn to the session that `begun` gave and puts its record on the outbox; None when the session was
+        lost to someone else.
+
+        The session's last activity is the turn's last message. `context` is None to leave it as it is; `part` is what the
+        turn's log still lacks. Committing the same turn again adds nothing.
+        """
+        before = begun.session
+        session_id, encoded = before.session_id, encode_turn(turn)
+        keys = [
+            *self._key(session_id, "outbox", "outbox_bytes", "live", "running", "logs"),
+            self._keys.events(session_id, turn.id),
+        ]
+        while True:
+            after = msgspec.structs.replace(
+                before,
+                status="active",
+                ended_at="",
+                turns=begun.session.turns + 1,
+                message_count=before.message_count + len(turn.messages),
+                last_activity_at=turn.messages[-1].created_at,
+                context=before.context if context is None else context,
+                revision=before.revision + 1,
+            )
+            reply = await self._scripts.run(
+                "commit",
+                session_id,
+                keys,
+                {
+                    "turn_id": turn.id,
+                    "fence": begun.fence,
+                    "revision": before.revision,
+                    "number": after.turns,
+                    "turn": encoded,
+                    "message_count": after.message_count,
+                    "last_activity_at": after.last_activity_at,
+                    "last_activity_ms": ms_of(after.last_activity_at),
+                    "context": "" if context is None else encode_object(context),
+                    "described": encode_session(after),
+                    "hot_turns": policy.hot_turns,
+                    **log_arguments(self._keys, session_id, part),
+                },
+            )
+            match reply:
+                case ["committed"]:
+                    return Committed(after.message_count, after.last_activity_at)
+                case ["changed", header]:
+                    # A user was given the session while the turn ran: what is committed is theirs.
+                    before = decode_session(header, f"session {masked(session_id)}")
+                case _:
+                    return None
+
+    async def abort(self, session_id: str, turn_id: str, fence: int = 0, part: Part | None = None) -> bool:
+        """Gives up a running or waiting turn; whether it was still there. `part` is what its log still lacks."""
+        keys = [*self._key(session_id, "running", "logs"), self._keys.events(session_id, turn_id)]
+        arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
+        return bool((await self._scripts.run("abort", session_id, keys, arguments))[0] == "aborted")
+
+    async def renew(self, session_id: str, turn_id: str, fence: int) -> bool:
+        """Renews the lease of a running turn; False when it is lost."""
+        keys = self._key(session_id, "running")
+        reply = await self._scripts.run(
+            "renew", session_id, keys, {"turn_id": turn_id, "fence": fence, "lease_ms": self.lease_ms}
+        )
+        return bool(reply[0] == "renewed")
+
+    async def open(
+        self, new: NewSession, *, ticket: int = 0, authorized: bool = False, trusted: bool = False
+    ) -> Opened | Absent | Refused:
+        """Creates the session, or finds it. One that is nobody's yet becomes `new.user_id`'s."""
+        reply = await self._scripts.run(
+            "open",
+            new.session_id,
+            self._key(new.session_id, "outbox", "outbox_bytes", "fence", "live", "ticket"),
+            {
+                "id": new.id,
+                **access_arguments(Access(new.agent_id, new.website_domain, authorized, new.user_id, trusted)),
+                "channel": new.channel,
+                "ip_address": new.ip_address,
+                "user_agent": new.user_agent,
+                "metadata": encode_object(new.metadata),
+                "minted": int(new.minted),
+                "hot_ttl_s": new.hot_ttl_s,
+                "ticket": ticket or "",
+                "ticket_ms": TICKET_MS,
+                **self._room,
+            },
+        )
+        match reply:
+            case ["opened" | "found" as word, header]:
+                return Opened(decode_session(header, f"session {masked(new.session_id)}"), word == "opened")
+            case ["absent", given]:
+                return Absent(given)
+            case _:
+                return Refused(reply[0])
+
+    async def read(self, session_id: str, access: Access, count: int = 0) -> Hot | Absent | Refused:
+        """The session, with up to `count` of its newest hot turns."""
+        arguments = {**access_arguments(access), "count": count, "ticket_ms": TICKET_MS}
+        reply = await self._scripts.run("read", session_id, self._key(session_id, "fence", "ticket"), arguments)
+        match reply:
+            case ["read", ttl_ms, first_hot, flushed, running, fence, first, header, turns]:
+                where = f"session {masked(session_id)}"
+                decoded = decode_turns(turns, first, where)
+                return Hot(
+                    decode_session(header, where),
+                    ttl_ms,
+                    first_hot,
+                    flushed,
+                    running.decode(),
+                    int(fence or 0),
+                    first,
+                    decoded,
+                )
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def hydrate(self, snapshot: Snapshot, ticket: int, hot_ttl_s: int) -> bool:
+        """Installs what was read from Postgres; False when the ticket is stale: ask again."""
+        session = snapshot.session
+        fields = {
+            f"field:{name}": value
+            for name, value in {
+                **msgspec.structs.asdict(session),
+                "context": encode_object(session.context),
+                "metadata": encode_object(session.metadata),
+                "minted": int(session.minted),
+            }.items()
+        }
+        turns = {f"field:t:{snapshot.first + i}": encode_turn(turn) for i, turn in enumerate(snapshot.turns)}
+        reply = await self._scripts.run(
+            "hydrate",
+            session.session_id,
+            self._key(session.session_id, "live", "ticket"),
+            {"ticket": ticket, "hot_ttl_s": hot_ttl_s, "first_hot": snapshot.first, **fields, **turns},
+        )
+        return bool(reply[0] == "hydrated")
+
+    async def end(self, session_id: str, access: Access) -> Session | Absent | Refused:
+        """Ends the session for good."""
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket")
+        arguments = {**access_arguments(access), "ticket_ms": TICKET_MS, "channel": self._keys.channel(session_id)}
+        reply = await self._scripts.run("end", session_id, keys, arguments)
+        match reply:
+            case ["ended", header]:
+                return decode_session(header, f"session {masked(session_id)}")
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def time_out(self, session_id: str, idle_ms: int) -> bool | Absent:
+        """Marks the session as timed out if it was idle for `idle_ms`; whether it did."""
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "ticket")
+        reply = await self._scripts.run("time_out", session_id, keys, {"idle_ms": idle_ms, "ticket_ms": TICKET_MS})
+        return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "timed_out"
+
+    async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
+        """Erases the session; returns its UUID."""
+        reply = await self._erase(session_id, access, "")
+        match reply:
+            case ["erased", session_uuid]:
+                return str(session_uuid.decode())
+            case ["absent", ticket]:
+                return Absent(ticket)
+            case _:
+                return Refused(reply[0])
+
+    async def erase_idle(self, session_id: str, agent_id: str, idle_ms: int) -> bool | Absent:
+        """Erases an agent's session if it was idle for `idle_ms`; whether it did."""
+        reply = await self._erase(session_id, Access(agent_id, authorized=True, trusted=True), idle_ms)
+        return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "erased"
+
+    async def _erase(self, session_id: str, access: Access, idle_ms: int | str) -> list[Any]:
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket", "logs")
+        logged = ""
+        while True:
+            # Which logs there are only Redis knows, and a script is told its keys beforehand.
+            arguments = {
+                **access_arguments(access),
+                "group": GROUP,
+                "ticket_ms": TICKET_MS,
+                "channel": self._keys.channel(session_id),
+                "logged": logged,
+                "idle_ms": idle_ms,
+            }
+            logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
+            reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments)
+            if reply[0] != "logs":
+                return reply
+            logged = reply[1].decode()
+
+    async def reap(self, session_id: str) -> str | None:
+        """Lets go of a turn whose lease ran out; its turn_id, or None."""
+        reply = await self._scripts.run(
+            "reap", session_id, self._key(session_id, "running"), {"channel": self._keys.channel(session_id)}
+        )
+        return reply[1].decode() if reply[0] == "reaped" else None
+
+
+def access_arguments(access: Access) -> dict[str, str | int]:
+    return {
+        "agent_id": access.agent_id,
+        "website_domain": access.website_domain,
+        "authorized": int(access.authorized),
+        "user_id": access.user_id,
+        "trusted": int(access.trusted),
+    }
