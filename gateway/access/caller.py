@@ -44,7 +44,7 @@ class Caller:
 
 
 def address_of(request: Request) -> str:
-    """The address that a request comes from, as gateway/api/middleware/client_address.py has found it; empty when there is none."""
+    """The client address, as the middleware found it (api/middleware/client_address.py); empty when there is none."""
     return request.client.host if request.client else ""
 
 

@@ -70,7 +70,7 @@ async def serve_pod(pod: Pod) -> None:
         access_log=False,
         log_config=None,
         server_header=False,
-        # What a proxy says is judged by gateway/api/middleware/client_address.py, which lets nothing through that is no address.
+        # Proxy headers are judged by api/middleware/client_address.py, which lets nothing through that is no address.
         proxy_headers=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s) + 2,
