@@ -36,8 +36,10 @@ from gateway.api.sessions import SessionsApi
 from gateway.api.widget import WidgetApi
 from gateway.graphs.graphs import Graphs
 from gateway.graphs.loading import load_graphs
+from gateway.limits.ledger import Ledger
 from gateway.limits.limiter import Limiter
 from gateway.limits.open_streams import OpenStreams
+from gateway.limits.refusals import Refusals
 from gateway.metrics import Metrics
 from gateway.problems import Problem
 from gateway.settings import Settings
@@ -132,16 +134,17 @@ class Pod:
             queue_wait_s=settings.queue_wait_s,
         )
         self.runtime = AgentRuntime(stores.agents, self.turns)
+        self.ledger = Ledger(Limits(stores.scripts, stores.keys))
+        refusals = Refusals(self.metrics, settings.limit_mode)
         self.limiter = Limiter(
-            Limits(stores.scripts, stores.keys),
-            self.metrics,
-            mode=settings.limit_mode,
+            self.ledger,
+            refusals,
             address=RateLimit(*settings.address_limit) if settings.address_limit else None,
             sessions=RateLimit(*settings.session_limit) if settings.session_limit else None,
             refuse_on_failure=settings.limit_failure == "refuse",
         )
         self.open_streams = OpenStreams(
-            self.limiter, per_session=settings.max_streams_per_session, per_address=settings.max_streams_per_address
+            refusals, per_session=settings.max_streams_per_session, per_address=settings.max_streams_per_address
         )
         self.draining = False
         self.app = self._build(graphs, extra_routes)

@@ -15,7 +15,8 @@ from gateway.api.answers import answer
 from gateway.api.entrance import load_agent
 from gateway.api.reading import BodyBounds, check_metadata, check_text, read_body, read_cursor, read_query
 from gateway.api.sse import event_stream
-from gateway.limits.limiter import Admission, Limiter
+from gateway.limits.admission import Admission
+from gateway.limits.limiter import Limiter
 from gateway.limits.open_streams import OpenStreams
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
 from gateway.streams.follow import Streams, render
@@ -219,7 +220,7 @@ class ChatApi:
         )
         if check_session is not None:
             check_session(body.session_id)
-        await self._limiter.meet(agent)
+        await self._limiter.prepare(agent)
         # Nothing behind this can fail before the turn has taken the admission over.
         return agent, turn, self._limiter.admit_turn(agent, caller.ip_address, caller.website_domain)
 

@@ -1,6 +1,6 @@
-"""One limit, as a pod knows it: a bucket of messages in time, or the bounds of an agent; and how clients are told of it.
+"""One limit as a pod knows it: a bucket of turns in time, or the usage of an agent; and the headers that tell clients of it.
 
-Nothing here knows of Redis or of other limits: `gateway/limits/limiter.py` does.
+Nothing here knows of Redis or of other limits: `ledger.py` keeps them in step.
 """
 
 import asyncio
@@ -12,73 +12,74 @@ from time import monotonic, time
 from persistence.model.agents import RateLimit
 
 RUNNING_LIFE_MS = 5_000
-"""A pod that has said nothing for so long runs no turns."""
+"""The running turns of a pod count until so long after its last sync: a dead pod runs none."""
 DAY_S = 86_400
 
 
 class Bucket:
-    """One limit of messages in time, as this pod knows it (generic cell rate algorithm, ITU-T I.371).
+    """One rate limit (generic cell rate algorithm, ITU-T I.371).
 
-    Charged until `tat_s` (monotonic) and, without a gap, since `busy_since_s`; `untold` turns are not in Redis yet.
+    Charged until `tat_s` (monotonic) and, without a gap, since `busy_since_s`. `pending` turns are not in Redis yet.
     """
 
-    __slots__ = ("busy_since_s", "interval_s", "per_s", "tat_s", "untold")
+    __slots__ = ("busy_since_s", "interval_s", "pending", "per_s", "tat_s")
 
     def __init__(self, limit: RateLimit) -> None:
         self.tat_s = 0.0
         self.busy_since_s = 0.0
-        self.untold = 0
+        self.pending = 0
         self.set(limit)
 
     def set(self, limit: RateLimit) -> None:
-        """Takes another limit on: an operator may change it at any time."""
+        """Replaces the limit: an operator may change it at any time."""
         self.per_s: float = limit.per_s
         self.interval_s = limit.per_s / limit.messages
 
     def wait_s(self, now: float) -> float:
-        """How long until there is room for a turn; not positive when there is."""
+        """Seconds until the bucket has room for a turn; not positive when it has."""
         return max(self.tat_s, now) + self.interval_s - self.per_s - now
 
     def charge(self, now: float) -> None:
         if self.tat_s <= now:
             self.busy_since_s = self.tat_s = now
         self.tat_s += self.interval_s
-        self.untold += 1
+        self.pending += 1
 
-    def give_back(self, charged_s: float) -> None:
-        """Takes back what was charged at `charged_s`. What has run empty since has given it back by itself."""
-        self.untold -= 1
+    def refund(self, charged_s: float) -> None:
+        """Undoes the charge of `charged_s`, unless the bucket has run empty since: that undid it."""
+        self.pending -= 1
         if charged_s >= self.busy_since_s:
             self.tat_s -= self.interval_s
 
-    def keep_untold(self, turns: int, now: float) -> None:
-        """Keeps what could not be told, as far as it is charged yet: an outage must not be charged for when it is over."""
-        charged = ceil(max(self.tat_s - now, 0) / self.interval_s)
-        self.untold = min(self.untold + turns, charged)
+    def restore_pending(self, turns: int, now: float) -> None:
+        """Makes turns pending again after a failed sync; at most what the bucket still holds, so that an outage is not
+        charged for when it is over."""
+        held = ceil(max(self.tat_s - now, 0) / self.interval_s)
+        self.pending = min(self.pending + turns, held)
 
-    def learn(self, ahead_ms: int, now: float) -> None:
-        """Follows what all pods have, and what of this one is not among it yet."""
-        self.tat_s = now + max(ahead_ms / 1000 + self.untold * self.interval_s, 0)
+    def sync(self, ahead_ms: int, now: float) -> None:
+        """Takes over what all pods have charged beyond now, and adds what is pending here."""
+        self.tat_s = now + max(ahead_ms / 1000 + self.pending * self.interval_s, 0)
 
 
-class Bounds:
-    """An agent's turns that run now and those of today, on this pod and on the others.
+class AgentUsage:
+    """An agent's running turns and its turns of today (UTC), on this pod and on the others.
 
-    `asking` turns have a place as well, and ask for their sessions: each runs in a moment, or lets the place go.
+    `asking` turns hold a place too while they ask for their session: each runs in a moment, or gives the place back.
     """
 
     __slots__ = (
         "answered",
-        "asked_s",
         "asking",
         "day",
         "day_ends_s",
-        "learned_s",
-        "meeting",
+        "first_sync",
         "others",
+        "pending_day",
+        "requested_s",
         "running",
-        "telling_day",
-        "untold_day",
+        "synced_s",
+        "syncing_day",
     )
 
     def __init__(self) -> None:
@@ -86,38 +87,49 @@ class Bounds:
         self.asking = 0
         self.answered = asyncio.Event()
         self.others = 0
-        self.learned_s = 0.0
+        self.synced_s = 0.0
         self.day = 0
-        self.untold_day = 0
-        # Told, and not known to be heard yet: these have been let through as well.
-        self.telling_day = 0
+        self.pending_day = 0
+        # In a sync whose reply has not come: these turns count as well.
+        self.syncing_day = 0
         self.day_ends_s = monotonic() + DAY_S - time() % DAY_S
-        self.asked_s = monotonic()
-        self.meeting: asyncio.Task[None] | None = None
+        self.requested_s = monotonic()
+        self.first_sync: asyncio.Task[None] | None = None
 
     def elsewhere(self, now: float) -> int:
-        """Turns that run on other pods, as long as that can be true."""
-        return self.others if now - self.learned_s < RUNNING_LIFE_MS / 1000 else 0
+        """Running turns of other pods; 0 once the last sync is too old to be true."""
+        return self.others if now - self.synced_s < RUNNING_LIFE_MS / 1000 else 0
 
     @property
     def today(self) -> int:
-        """Turns of today, those included that no other pod knows of."""
-        return self.day + self.telling_day + self.untold_day
+        """Turns of today, the pending ones included."""
+        return self.day + self.syncing_day + self.pending_day
 
     def is_today(self, day_ends_s: float) -> bool:
-        """Whether a day that ends then is this one. What Redis says of its end comes some milliseconds sooner or later."""
+        """Whether a day that ends then is this one; the end that Redis gives differs by some milliseconds."""
         return abs(day_ends_s - self.day_ends_s) < DAY_S / 2
 
-    def turn_day(self, now: float) -> None:
-        """Begins a new day at midnight (UTC)."""
+    def begin_day(self, now: float) -> None:
+        """Begins a new day if it is past midnight (UTC)."""
         if now >= self.day_ends_s:
-            self.day = self.untold_day = 0
+            self.day = self.pending_day = 0
             self.day_ends_s += DAY_S
+
+    def began(self) -> None:
+        """One of the asking turns runs."""
+        self.running += 1
+        self.asked()
+
+    def asked(self) -> None:
+        """One of the asking turns has its answer: those that wait for a place look again."""
+        self.asking -= 1
+        self.answered.set()
+        self.answered = asyncio.Event()
 
 
 @lru_cache(maxsize=4096)
 def network(address: str) -> str:
-    """What one client has of addresses: an IPv4 address, or the /64 of an IPv6 address (RFC 6177: no site has less)."""
+    """The addresses of one client: an IPv4 address, or the /64 of an IPv6 address (RFC 6177: no site has less)."""
     try:
         parsed = ip_address(address)
     except ValueError:
@@ -127,19 +139,20 @@ def network(address: str) -> str:
     return str(parsed)
 
 
-def left_of(limit: RateLimit, ahead_s: float) -> int:
-    """How many turns there is room for in a limit that is charged for so long."""
+def remaining_of(limit: RateLimit, ahead_s: float) -> int:
+    """Turns that a limit has room for when it is charged for `ahead_s` seconds beyond now."""
     return max(floor((limit.per_s - ahead_s) * limit.messages / limit.per_s + 1e-6), 0)
 
 
-def rate_headers(found: list[tuple[str, RateLimit, int, float]]) -> dict[str, str]:
-    """The fields of draft-ietf-httpapi-ratelimit-headers-11, for limits as (name, limit, turns left, seconds).
+def rate_headers(limits: list[tuple[str, RateLimit, int, float]]) -> dict[str, str]:
+    """RateLimit and RateLimit-Policy (draft-ietf-httpapi-ratelimit-headers-11) of limits as (name, limit, left, seconds).
 
-    The seconds are those until all of a limit is there again or, when nothing of it is left, what Retry-After says.
+    `left` counts turns. The seconds are those until the whole limit is free again or, when nothing of it is left, those of
+    Retry-After.
     """
-    if not found:
+    if not limits:
         return {}
     return {
-        "RateLimit-Policy": ", ".join(f'"{name}";q={limit.messages};w={limit.per_s}' for name, limit, _, _ in found),
-        "RateLimit": ", ".join(f'"{name}";r={left};t={max(ceil(seconds), 0)}' for name, _, left, seconds in found),
+        "RateLimit-Policy": ", ".join(f'"{name}";q={limit.messages};w={limit.per_s}' for name, limit, _, _ in limits),
+        "RateLimit": ", ".join(f'"{name}";r={left};t={max(ceil(seconds), 0)}' for name, _, left, seconds in limits),
     }

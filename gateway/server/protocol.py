@@ -1,7 +1,7 @@
-"""The bounds of a connection, which uvicorn and httptools leave open: how large and how slow a request's head may be, what
+"""The limits of a connection, which uvicorn and httptools leave open: how large and how slow a request's head may be, what
 follows an answer that came before the whole request, and how long a client may leave an answer unread.
 
-Used by whoever serves a pod: `uvicorn.Config(..., http=http_protocol())`. The bounds of bodies are in `api/rendering.py`.
+Used by whoever serves a pod: `uvicorn.Config(..., http=http_protocol())`. The limits of bodies are in `api/rendering.py`.
 
 What always holds: a connection whose client does nothing is closed after a time, whatever it did before; what it can make
 this process keep is bounded; trailer fields are dropped, so that no proxy's word about a client can be forged in them; a
@@ -27,7 +27,7 @@ _logger = logging.getLogger("uvicorn.error.connection")
 _logger.setLevel(logging.ERROR)
 
 
-class Bounds(msgspec.Struct, frozen=True, kw_only=True):
+class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What a connection may cost."""
 
     url_bytes: int = 8_192
@@ -44,9 +44,9 @@ class Bounds(msgspec.Struct, frozen=True, kw_only=True):
     stall_bytes: int = 16_384
 
 
-def http_protocol(bounds: Bounds | None = None) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol with these bounds."""
-    return type("BoundedHttpProtocol", (HttpProtocol,), {"bounds": bounds or Bounds()})
+def http_protocol(limits: ConnectionLimits | None = None) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with these limits."""
+    return type("BoundedHttpProtocol", (HttpProtocol,), {"limits": limits or ConnectionLimits()})
 
 
 class JoinedWrites:
@@ -87,7 +87,7 @@ class JoinedWrites:
 class HttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol, bounded."""
 
-    bounds = Bounds()
+    limits = ConnectionLimits()
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -145,13 +145,13 @@ class HttpProtocol(HttpToolsProtocol):
             return
         if self._in_body:
             # Body bytes reset the count; endless trailers or chunk extensions do not.
-            if self._idle_bytes > self.bounds.head_bytes:
+            if self._idle_bytes > self.limits.head_bytes:
                 self._refuse(HeadTooLarge("too much around the body"))
         elif self._in_head or self._idle:
-            if self._idle_bytes > self.bounds.head_bytes:
-                self._refuse(HeadTooLarge(f"at most {self.bounds.head_bytes} bytes"))
+            if self._idle_bytes > self.limits.head_bytes:
+                self._refuse(HeadTooLarge(f"at most {self.limits.head_bytes} bytes"))
             elif self._head_timer is None:
-                self._head_timer = self.loop.call_later(self.bounds.head_s, self._on_slow_head)
+                self._head_timer = self.loop.call_later(self.limits.head_s, self._on_slow_head)
 
     @property
     def _idle(self) -> bool:
@@ -166,22 +166,22 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_url(self, url: bytes) -> None:
         super().on_url(url)
-        if len(self.url) > self.bounds.url_bytes:
-            self._stop_parsing(UriTooLong(f"at most {self.bounds.url_bytes} bytes"))
+        if len(self.url) > self.limits.url_bytes:
+            self._stop_parsing(UriTooLong(f"at most {self.limits.url_bytes} bytes"))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._in_body:
             # A trailer field (RFC 9110, section 6.5.1): uvicorn would add it to the headers.
             return
-        if len(self.headers) >= self.bounds.headers:
-            self._stop_parsing(HeadTooLarge(f"at most {self.bounds.headers} header fields"))
+        if len(self.headers) >= self.limits.headers:
+            self._stop_parsing(HeadTooLarge(f"at most {self.limits.headers} header fields"))
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        if sum(len(name) + len(value) for name, value in self.headers) > self.bounds.head_bytes:
-            self._stop_parsing(HeadTooLarge(f"at most {self.bounds.head_bytes} bytes"))
-        if len(self.pipeline) >= self.bounds.pipelined:
-            self._stop_parsing(InvalidRequest(f"at most {self.bounds.pipelined} requests before their answers"))
+        if sum(len(name) + len(value) for name, value in self.headers) > self.limits.head_bytes:
+            self._stop_parsing(HeadTooLarge(f"at most {self.limits.head_bytes} bytes"))
+        if len(self.pipeline) >= self.limits.pipelined:
+            self._stop_parsing(InvalidRequest(f"at most {self.limits.pipelined} requests before their answers"))
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
@@ -240,9 +240,9 @@ class HttpProtocol(HttpToolsProtocol):
         self._head_timer = None
         if self.flow.read_paused:
             # It is this side that does not read on.
-            self._head_timer = self.loop.call_later(self.bounds.head_s, self._on_slow_head)
+            self._head_timer = self.loop.call_later(self.limits.head_s, self._on_slow_head)
         else:
-            self._refuse(HeadTooSlow(f"more than {self.bounds.head_s:g} s"))
+            self._refuse(HeadTooSlow(f"more than {self.limits.head_s:g} s"))
 
     def _refuse(self, problem: Problem) -> None:
         """Answers what cannot be handed to the application, and hangs up."""
@@ -286,7 +286,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self.flow.resume_reading()
-        self._end_timer = self.loop.call_later(self.bounds.linger_s, self.transport.abort)
+        self._end_timer = self.loop.call_later(self.limits.linger_s, self.transport.abort)
 
     # -------------------------------------------------------------------------------------------------------- answers
 
@@ -298,7 +298,7 @@ class HttpProtocol(HttpToolsProtocol):
         elif self._deaf:
             self._hang_up()
         elif self._in_body and self._idle and self._end_timer is None:
-            self._end_timer = self.loop.call_later(self.bounds.linger_s, self.transport.abort)
+            self._end_timer = self.loop.call_later(self.limits.linger_s, self.transport.abort)
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()
@@ -320,14 +320,14 @@ class HttpProtocol(HttpToolsProtocol):
         """Looks again and again whether the client reads, as long as something waits for it."""
         if self._stall_timer is None:
             self._unread_bytes = self.transport.get_write_buffer_size()
-            self._stall_timer = self.loop.call_later(self.bounds.stall_s, self._on_stall)
+            self._stall_timer = self.loop.call_later(self.limits.stall_s, self._on_stall)
 
     def _on_stall(self) -> None:
         self._stall_timer = None
         unread = self.transport.get_write_buffer_size()
         if unread == 0:
             return
-        if self._unread_bytes - unread < min(self.bounds.stall_bytes, self._unread_bytes):
+        if self._unread_bytes - unread < min(self.limits.stall_bytes, self._unread_bytes):
             self.transport.abort()
         else:
             self._watch_reader()

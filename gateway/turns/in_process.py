@@ -5,9 +5,9 @@ from typing import Any, Protocol
 import msgspec
 
 from gateway.access.domains import normal_domain
+from gateway.limits.admission import Admission
 from gateway.problems import AgentInactive, InvalidField
 from gateway.streams.log import TurnLog
-from gateway.turns.refusals import Admission
 from gateway.turns.request import Attached, SessionId, TurnRequest, TurnResult
 from gateway.turns.turns import Turns
 from persistence.model.agents import Agent

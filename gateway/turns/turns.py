@@ -17,6 +17,7 @@ import structlog
 from uuid_utils import uuid7
 
 from gateway.graphs.contract import GraphInput, GraphOutput, RunGraph, storable_output
+from gateway.limits.admission import Admission, Outcome, Unlimited
 from gateway.metrics import Metrics
 from gateway.problems import (
     ChannelNotAllowed,
@@ -34,7 +35,7 @@ from gateway.problems import (
 )
 from gateway.streams.events import answer_metadata, turn_started
 from gateway.streams.log import TurnLog, TurnWriter, replay_log
-from gateway.turns.refusals import Admission, Outcome, Unlimited, raise_refusal
+from gateway.turns.refusals import raise_refusal
 from gateway.turns.request import Attached, AttachedElsewhere, TurnRequest, TurnResult
 from persistence.errors import PersistenceError, RedisUnavailable
 from persistence.model.agents import Agent, TurnPolicy
@@ -123,11 +124,11 @@ class Turns:
 
     def _start(self, turn: "_Running") -> asyncio.Task[TurnResult]:
         if self._draining:
-            turn.admission.settle("refused")
+            turn.admission.close("refused")
             raise Draining(retry_after_s=1)
         task = asyncio.create_task(self._execute(turn))
         # Also of a task that is cancelled before it has begun; and before whoever waits for the answer goes on.
-        task.add_done_callback(lambda _: turn.admission.settle(turn.outcome))
+        task.add_done_callback(lambda _: turn.admission.close(turn.outcome))
         self._running.add(task)
         self._by_id[turn.id] = turn
         task.add_done_callback(self._running.discard)
@@ -528,7 +529,7 @@ class _Running:
         "writer",
     )
 
-    def __init__(self, turn_id: str, agent: Agent, request: TurnRequest, admission: Admission) -> None:
+    def __init__(self, turn_id: str, agent: Agent, request: TurnRequest, admission: Admission | Unlimited) -> None:
         self.id = turn_id
         self.agent = agent
         self.request = request

@@ -12,9 +12,9 @@ from typing import Any
 import httpx
 import pytest
 
-from gateway.limits import limiter as limits_module
-from gateway.limits.buckets import Bucket
-from gateway.limits.limiter import Limiter
+from gateway.limits import admission
+from gateway.limits.buckets import Bucket, remaining_of
+from gateway.limits.ledger import Ledger
 from gateway.settings import Settings
 from persistence.model.agents import RateLimit
 from tests.conftest import PutAgent
@@ -145,7 +145,7 @@ async def test_without_the_networks_of_ipv6_each_address_would_have_a_limit_of_i
     pod: ServedPod, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the test before."""
-    monkeypatch.setattr(limits_module, "network", lambda address: address)
+    monkeypatch.setattr(admission, "network", lambda address: address)
     session_id = new_session_id()
     for number in range(LIMIT + 3):
         await passes(pod, f"2001:db8:bad:1::{number:x}", session_id)
@@ -211,14 +211,14 @@ async def test_putting_garbage_where_an_address_belongs(pod: ServedPod, garbage:
     await passes(pod)
 
 
-async def test_filling_a_pods_memory_with_addresses(pod: ServedPod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits_module, "REMEMBERED", 20)
+async def test_filling_a_pods_memory_with_addresses(pod: ServedPod) -> None:
+    pod.pod.ledger.max_buckets = 20
     session_id = new_session_id()
     for _ in range(LIMIT):
         await passes(pod, ATTACKER, session_id)
     for number in range(60):
         await passes(pod, f"2001:db8:{number:x}::1", session_id)
-    assert len(pod.pod.limiter._buckets) <= 20
+    assert len(pod.pod.ledger.keys) <= 20
     # The flood did not make the pod forget who has used its limit up.
     problem(await ask(pod, ATTACKER, session_id), 429, "rate_limited")
     await passes(pod)
@@ -298,7 +298,7 @@ async def test_what_is_not_given_back_drains_the_address(
     pod: ServedPod, put_agent: PutAgent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The control of the tests before: without giving back, refused calls use the limit up."""
-    monkeypatch.setattr(Limiter, "give_back", lambda *_: None)
+    monkeypatch.setattr(Ledger, "refund", lambda *_: None)
     await put_agent("chatty", rate_limit=RateLimit(1, 600))
     session_id = new_session_id()
     await passes(pod, ATTACKER, session_id, agent="chatty")
@@ -419,7 +419,7 @@ async def test_using_up_anothers_sessions_by_opening_its_own_again(pod: ServedPo
     known = new_session_id()
     for _ in range(LIMIT):
         assert (await open_session(pod, VISITOR, session_id=known)).status_code in (200, 201)
-    assert pod.pod.limiter.remaining(f"sessions:{VISITOR}", RateLimit(4, 600))[0] == 3
+    assert remaining_of(RateLimit(4, 600), pod.pod.ledger.ahead_s(f"sessions:{VISITOR}")) == 3
     for _ in range(3):
         assert (await open_session(pod, "198.51.100.8")).status_code == 201
 
@@ -459,7 +459,7 @@ async def test_opening_streams_of_one_session_without_end(pod: ServedPod) -> Non
 
 def open_streams(pod: ServedPod) -> dict[str, int]:
     """What the pod counts."""
-    return dict(pod.pod.open_streams._open)
+    return pod.pod.open_streams.counts
 
 
 async def test_opening_streams_from_one_address_without_end(pod: ServedPod) -> None:
@@ -523,5 +523,5 @@ def test_a_bucket_that_took_back_too_much_would_let_others_through() -> None:
     bucket.charge(100.0)
     bucket.charge(115.0)
     bucket.busy_since_s = 0.0  # the rule is gone
-    bucket.give_back(100.0)
+    bucket.refund(100.0)
     assert bucket.wait_s(116.0) <= 0, "room, although the turn of 115 is nine seconds from over"

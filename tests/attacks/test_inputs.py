@@ -19,7 +19,7 @@ from gateway.app import Pod, Stores
 from gateway.graphs.echo import echo_graph
 from gateway.graphs.graphs import Graphs
 from gateway.problems import InvalidField
-from gateway.server.protocol import Bounds
+from gateway.server.protocol import ConnectionLimits
 from gateway.settings import Settings
 from gateway.streams import follow
 from tests.conftest import PutAgent
@@ -29,7 +29,7 @@ from tests.support.visiting import Flush, Rows, new_session_id, post_message, pr
 
 MESSAGE = "/api/chat/shop/message"
 JSON = {"Content-Type": "application/json"}
-SHORT = Bounds(head_s=0.3, linger_s=0.3, stall_s=0.3)
+SHORT = ConnectionLimits(head_s=0.3, linger_s=0.3, stall_s=0.3)
 LARGE = 8_000_000
 
 
@@ -428,7 +428,7 @@ async def test_filling_memory_by_requests_that_await_no_answers(url: str) -> Non
         while (answer := await connection.answer()) is not None:
             assert answer.status == 200
             answers += 1
-    assert answers <= 1 + Bounds().pipelined
+    assert answers <= 1 + ConnectionLimits().pipelined
     async with RawConnection(url) as connection:
         await connection.send(b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n" * 3)
         for _ in range(3):

@@ -14,7 +14,7 @@ import pytest
 
 from gateway.api import reading
 from gateway.app import Stores, build_pod
-from gateway.server.protocol import Bounds
+from gateway.server.protocol import ConnectionLimits
 from gateway.settings import Settings
 from tests.conftest import PutAgent
 from tests.fuzz.broken import Breaker
@@ -124,7 +124,7 @@ async def test_no_head_makes_a_5xx_or_hangs(settings: Settings, stores: Stores, 
     await put_agent("shop")
     pod = await build_pod(msgspec.structs.replace(settings, body_timeout_s=0.2), stores)
     breaker, statuses, wrong = Breaker(SEED), Counter[str](), []
-    async with served(pod, Bounds(head_s=0.2, linger_s=0.2), timeout_keep_alive=1) as client:
+    async with served(pod, ConnectionLimits(head_s=0.2, linger_s=0.2), timeout_keep_alive=1) as client:
 
         async def send(number: int) -> None:
             for _ in range(number):

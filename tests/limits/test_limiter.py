@@ -15,10 +15,12 @@ import pytest
 from gateway.app import Stores, build_pod
 from gateway.dev.servers.ports import HOST, free_port
 from gateway.dev.servers.redis import RedisServer
-from gateway.limits import buckets
-from gateway.limits import limiter as limits_module
-from gateway.limits.buckets import Bucket, network, rate_headers
-from gateway.limits.limiter import Admission, Limiter
+from gateway.limits import buckets, ledger
+from gateway.limits.admission import Admission
+from gateway.limits.buckets import AgentUsage, Bucket, network, rate_headers
+from gateway.limits.ledger import MAX_BUCKETS, Ledger
+from gateway.limits.limiter import Limiter
+from gateway.limits.refusals import Mode, Refusals
 from gateway.metrics import Metrics
 from gateway.problems import AgentBusy, LimitsUnavailable, Problem, QuotaExhausted, RateLimited
 from gateway.settings import Settings
@@ -36,10 +38,29 @@ OTHER_ADDRESS = "192.0.2.2"
 AGENT_ID = "01900000-0000-7000-8000-00000000a9e1"
 
 
-def limiter(stores: Stores, messages: int = 0, per_s: int = 600, **options: Any) -> Limiter:
+class LimiterOfAPod(Limiter):
+    """The limiter of a pod of its own, with its parts."""
+
+    def __init__(self, shared: Limits, *, mode: Mode = "enforce", max_buckets: int = MAX_BUCKETS, **options: Any) -> None:
+        self.shared, self.metrics = shared, Metrics()
+        self.ledger = Ledger(shared, max_buckets=max_buckets)
+        super().__init__(self.ledger, Refusals(self.metrics, mode), **options)
+
+    def usage(self, agent: Agent) -> AgentUsage:
+        usage = self.ledger.usage(agent)
+        assert usage is not None
+        return usage
+
+    def bucket(self, key: str) -> Bucket:
+        bucket = self.ledger.find(key)
+        assert bucket is not None
+        return bucket
+
+
+def limiter(stores: Stores, messages: int = 0, per_s: int = 600, **options: Any) -> LimiterOfAPod:
     """A limiter as a pod of its own has it; `messages` per address."""
     address = RateLimit(messages, per_s) if messages else None
-    return Limiter(Limits(stores.scripts, stores.keys), Metrics(), address=address, **options)
+    return LimiterOfAPod(Limits(stores.scripts, stores.keys), address=address, **options)
 
 
 def agent_with(**limits: Any) -> Agent:
@@ -70,9 +91,9 @@ async def run(admission: Admission) -> None:
     admission.began(0)
 
 
-def counted(one: Limiter) -> dict[tuple[str, str], float]:
+def counted(one: LimiterOfAPod) -> dict[tuple[str, str], float]:
     """What the metric says, by limit and mode."""
-    found = [sample for metric in one._metrics.limited.collect() for sample in metric.samples]
+    found = [sample for metric in one.metrics.limited.collect() for sample in metric.samples]
     return {(sample.labels["limit"], sample.labels["mode"]): sample.value for sample in found}
 
 
@@ -163,7 +184,7 @@ async def test_a_turn_is_charged_to_all_its_buckets(stores: Stores) -> None:
     agent = agent_with(agent_rate_limit=RateLimit(3, 600), domain_rate_limit=RateLimit(2, 600))
     assert count(lambda: one.admit_turn(agent, ADDRESS, "a.example"), 9) == 2
     assert count(lambda: one.admit_turn(agent, ADDRESS, "b.example"), 9) == 1
-    assert {key: bucket.untold for key, bucket in one._buckets.items()} == {
+    assert {key: one.bucket(key).pending for key in one.ledger.keys} == {
         f"address:{ADDRESS}": 3,
         f"domain:{AGENT_ID}:a.example": 2,
         f"domain:{AGENT_ID}:b.example": 1,
@@ -176,9 +197,9 @@ async def test_what_one_bucket_refuses_costs_the_others_nothing(stores: Stores, 
     one = limiter(stores, 5)
     limits: dict[str, Any] = {"agent_rate_limit": RateLimit(9, 600), "domain_rate_limit": RateLimit(9, 600)}
     agent = agent_with(**limits | {full: 1 if full == "turns_per_day" else RateLimit(1, 600)})
-    await one.meet(agent)
+    await one.prepare(agent)
     assert count(lambda: one.admit_turn(agent, ADDRESS, "a.example"), 50) == 1
-    assert {bucket.untold for bucket in one._buckets.values()} == {1}
+    assert {one.bucket(key).pending for key in one.ledger.keys} == {1}
     # The address has four of its five left for another agent.
     assert admitted(one, 50) == 4
 
@@ -186,11 +207,11 @@ async def test_what_one_bucket_refuses_costs_the_others_nothing(stores: Stores, 
 async def test_what_no_turn_came_of_is_given_back(stores: Stores) -> None:
     one = limiter(stores, 2)
     agent = agent_with(agent_rate_limit=RateLimit(2, 600), turns_per_day=2)
-    await one.meet(agent)
+    await one.prepare(agent)
 
     def refused_later() -> Admission:
         admission = one.admit_turn(agent, ADDRESS, "")
-        admission.settle("refused")
+        admission.close("refused")
         return admission
 
     assert count(refused_later, 50) == 50
@@ -202,24 +223,24 @@ async def test_what_no_turn_came_of_is_given_back(stores: Stores) -> None:
 async def test_what_is_not_given_back_stays_charged(stores: Stores) -> None:
     """The control of the test before."""
     one = limiter(stores, 2)
-    assert count(lambda: one.admit_open(ADDRESS).settle("ran"), 50) == 2
+    assert count(lambda: one.admit_open(ADDRESS).close("ran"), 50) == 2
 
 
 async def test_an_answer_given_again_costs_the_address_and_nobody_else(stores: Stores) -> None:
     one = limiter(stores, 3)
     agent = agent_with(agent_rate_limit=RateLimit(1, 600), turns_per_day=1)
-    await one.meet(agent)
-    assert count(lambda: one.admit_turn(agent, ADDRESS, "").settle("repeated"), 50) == 3
+    await one.prepare(agent)
+    assert count(lambda: one.admit_turn(agent, ADDRESS, "").close("repeated"), 50) == 3
     assert count(lambda: one.admit_turn(agent, OTHER_ADDRESS, ""), 50) == 1
 
 
 async def test_settling_twice_gives_back_once(stores: Stores) -> None:
     one = limiter(stores, 2)
     kept, given_back = one.admit_open(ADDRESS), one.admit_open(ADDRESS)
-    given_back.settle("refused")
-    given_back.settle("refused")
-    kept.settle("ran")
-    kept.settle("refused")
+    given_back.close("refused")
+    given_back.close("refused")
+    kept.close("ran")
+    kept.close("refused")
     assert admitted(one, 50) == 1
 
 
@@ -230,9 +251,9 @@ def test_what_a_bucket_has_run_out_of_by_itself_is_not_given_back_as_well() -> N
     assert bucket.wait_s(105.0) == 5.0
     # At 110 it is empty, and at 115 charged for another turn.
     bucket.charge(115.0)
-    bucket.give_back(100.0)
+    bucket.refund(100.0)
     assert bucket.wait_s(116.0) == 9.0
-    bucket.give_back(115.0)
+    bucket.refund(115.0)
     assert bucket.wait_s(116.0) <= 0
 
 
@@ -244,7 +265,7 @@ async def test_what_is_given_back_is_there_on_every_pod(stores: Stores) -> None:
     assert admitted(other, 1) == 1, "it knows nothing yet"
     await other.sync()
     assert admitted(other, 1) == 0
-    given_back.settle("refused")
+    given_back.close("refused")
     await one.sync()
     learned, _ = await Limits(stores.scripts, stores.keys).tell({f"address:{ADDRESS}": RateTold(0, 300_000)})
     assert 590_000 < learned[f"address:{ADDRESS}"].value <= 600_000
@@ -256,7 +277,7 @@ async def test_an_operator_may_change_a_limit_at_any_time(stores: Stores) -> Non
     assert count(lambda: one.admit_turn(small, ADDRESS, ""), 50) == 2
     # A third of the new limit's time is what two of six take: what was charged before is charged on.
     assert count(lambda: one.admit_turn(large, ADDRESS, ""), 50) == 0
-    one._buckets[f"agent:{AGENT_ID}"].tat_s -= 400
+    one.bucket(f"agent:{AGENT_ID}").tat_s -= 400
     assert count(lambda: one.admit_turn(large, ADDRESS, ""), 50) == 4
 
 
@@ -264,7 +285,7 @@ async def test_an_operator_may_change_a_limit_at_any_time(stores: Stores) -> Non
 async def test_what_a_client_makes_up_as_its_domain_is_no_name_of_a_key(stores: Stores, domain: str) -> None:
     one = limiter(stores)
     one.admit_turn(agent_with(domain_rate_limit=RateLimit(2, 600)), ADDRESS, domain)
-    [key] = one._buckets
+    [key] = one.ledger.keys
     assert re.fullmatch(rf"domain:{AGENT_ID}:(-|~[0-9a-f]{{32}})", key)
 
 
@@ -274,7 +295,7 @@ async def test_what_a_client_makes_up_as_its_domain_is_no_name_of_a_key(stores: 
 async def test_all_that_is_new_is_told_in_one_round_trip(stores: Stores) -> None:
     one = limiter(stores, 10)
     agent = agent_with(agent_rate_limit=RateLimit(9999, 60), max_running_turns=9, turns_per_day=9999)
-    await one.meet(agent)
+    await one.prepare(agent)
     for number in range(400):
         one.admit_turn(agent, f"198.51.{number // 200}.{number % 200}", "a.example")
     before = await script_calls(stores)
@@ -304,35 +325,33 @@ async def test_a_pod_forgets_addresses_that_are_not_charged_any_more(stores: Sto
 
     async def forgotten() -> bool:
         await one.sync()
-        return not one._buckets
+        return not one.ledger.keys
 
     await wait_for(forgotten, "the address is forgotten")
 
 
 async def test_a_flood_of_addresses_fills_no_memory_and_who_is_near_its_limit_is_remembered(
-    stores: Stores, monkeypatch: pytest.MonkeyPatch
+    stores: Stores,
 ) -> None:
-    monkeypatch.setattr(limits_module, "REMEMBERED", 100)
-    one = limiter(stores, 4)
+    one = limiter(stores, 4, max_buckets=100)
     assert admitted(one, 9) == 4
     assert admitted(one, 1, OTHER_ADDRESS) == 1
     for number in range(5000):
         admitted(one, 1, f"2001:db8:{number:x}::1")
-    assert len(one._buckets) == 100
-    assert len(one._untold) <= 100
+    assert len(one.ledger.keys) == 100
+    assert one.ledger.pending <= 100
     assert admitted(one, 9) == 0, "the heavy one is still known"
     # The other, of which one turn was known, is forgotten here; Redis would have told, had there been time.
     assert admitted(one, 9, OTHER_ADDRESS) == 4
 
 
-async def test_who_was_forgotten_in_a_flood_is_learned_anew(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits_module, "REMEMBERED", 10)
-    one = limiter(stores, 5)
+async def test_who_was_forgotten_in_a_flood_is_learned_anew(stores: Stores) -> None:
+    one = limiter(stores, 5, max_buckets=10)
     assert admitted(one, 2) == 2
     await one.sync()
     for number in range(100):
         admitted(one, 1, f"2001:db8:{number:x}::1")
-    assert f"address:{ADDRESS}" not in one._buckets
+    assert f"address:{ADDRESS}" not in one.ledger.keys
     assert admitted(one, 1) == 1
     await one.sync()
     assert admitted(one, 9) == 2
@@ -343,7 +362,7 @@ async def test_who_was_forgotten_in_a_flood_is_learned_anew(stores: Stores, monk
 
 async def test_without_redis_a_pod_goes_on_with_what_it_knows(stores: Stores) -> None:
     away = connect(f"redis://{HOST}:{free_port()}/0")
-    one = Limiter(Limits(Scripts(away), stores.keys), Metrics(), address=RateLimit(3, 600))
+    one = LimiterOfAPod(Limits(Scripts(away), stores.keys), address=RateLimit(3, 600))
     assert admitted(one, 2) == 2
     await one.sync()
     assert admitted(one, 5) == 1
@@ -353,15 +372,12 @@ async def test_without_redis_a_pod_goes_on_with_what_it_knows(stores: Stores) ->
 
 
 @pytest.mark.parametrize("policy", ["local", "refuse"])
-async def test_a_redis_that_goes_away_is_met_as_it_is_set(
-    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy: str
-) -> None:
+async def test_a_redis_that_goes_away_is_met_as_it_is_set(stores: Stores, tmp_path: Path, policy: str) -> None:
     """A real one, stopped and started again; what was let through meanwhile is told afterwards."""
-    monkeypatch.setattr(limits_module, "FAILED_S", 0.2)
     with RedisServer(tmp_path, free_port()) as server:
         client = connect(server.url)
         other = Limits(Scripts(client), stores.keys)
-        one = Limiter(other, Metrics(), address=RateLimit(50, 600), refuse_on_failure=policy == "refuse")
+        one = LimiterOfAPod(other, address=RateLimit(50, 600), refuse_on_failure=policy == "refuse", failed_s=0.2)
         assert admitted(one, 1) == 1
         await one.sync()
         await asyncio.to_thread(server.stop)
@@ -370,18 +386,18 @@ async def test_a_redis_that_goes_away_is_met_as_it_is_set(
         async def noticed() -> bool:
             await one.sync()
             try:
-                one.admit_open(OTHER_ADDRESS).settle("refused")
+                one.admit_open(OTHER_ADDRESS).close("refused")
             except LimitsUnavailable as error:
                 assert (error.status, error.retry_after_s) == (503, 2)
                 return True
-            return policy == "local" and one._failing_since is not None
+            return policy == "local" and one.ledger.failing_since_s is not None
 
         await wait_for(noticed, "the pod notices")
         await asyncio.to_thread(server.start)
 
         async def mended() -> bool:
             await one.sync()
-            return one._failing_since is None
+            return one.ledger.failing_since_s is None
 
         await wait_for(mended, "the pod is in step again")
         assert admitted(one, 1) == 1
@@ -398,9 +414,9 @@ def test_a_long_outage_is_not_charged_for_when_it_is_over() -> None:
     for second in range(0, 3600, 2):
         now = 1000.0 + second
         bucket.charge(now)
-        told, bucket.untold = bucket.untold, 0
-        bucket.keep_untold(told, now + 0.2)
-    assert bucket.untold == 1
+        told, bucket.pending = bucket.pending, 0
+        bucket.restore_pending(told, now + 0.2)
+    assert bucket.pending == 1
 
 
 # ------------------------------------------------------------------------------------------------- an agent's bounds
@@ -409,18 +425,18 @@ def test_a_long_outage_is_not_charged_for_when_it_is_over() -> None:
 async def test_turns_that_run_are_bounded_over_all_pods(stores: Stores) -> None:
     one, other = limiter(stores), limiter(stores)
     agent = agent_with(max_running_turns=3)
-    await one.meet(agent)
+    await one.prepare(agent)
     turns = [one.admit_turn(agent, ADDRESS, "") for _ in range(2)]
     for turn in turns:
         await run(turn)
     await one.sync()
-    await other.meet(agent)
+    await other.prepare(agent)
     elsewhere = other.admit_turn(agent, ADDRESS, "")
     await run(elsewhere)
     with pytest.raises(AgentBusy) as refused:
         other.admit_turn(agent, ADDRESS, "")
     assert (refused.value.status, refused.value.code, refused.value.retry_after_s) == (429, "agent_busy", 1)
-    turns[0].settle("ran")
+    turns[0].close("ran")
     await one.sync()
     await other.sync()
     await run(other.admit_turn(agent, ADDRESS, ""))
@@ -429,20 +445,20 @@ async def test_turns_that_run_are_bounded_over_all_pods(stores: Stores) -> None:
 
 
 async def test_the_turns_of_a_dead_pod_do_not_count_for_ever(stores: Stores, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits_module, "RUNNING_LIFE_MS", 300)
+    monkeypatch.setattr(ledger, "RUNNING_LIFE_MS", 300)
     monkeypatch.setattr(buckets, "RUNNING_LIFE_MS", 300)
     dead, other = limiter(stores), limiter(stores)
     agent = agent_with(max_running_turns=1)
-    await dead.meet(agent)
+    await dead.prepare(agent)
     await run(dead.admit_turn(agent, ADDRESS, ""))
     await dead.sync()
-    await other.meet(agent)
+    await other.prepare(agent)
     with pytest.raises(AgentBusy):
         other.admit_turn(agent, ADDRESS, "")
 
     async def free() -> bool:
         await other.sync()
-        return count(lambda: other.admit_turn(agent, ADDRESS, "").settle("refused"), 1) == 1
+        return count(lambda: other.admit_turn(agent, ADDRESS, "").close("refused"), 1) == 1
 
     await wait_for(free, "nobody counts the dead pod's turn")
     # The control: a pod that lives, and tells so, goes on to count.
@@ -455,14 +471,14 @@ async def test_the_turns_of_a_dead_pod_do_not_count_for_ever(stores: Stores, mon
 async def test_a_turn_that_waits_holds_no_place(stores: Stores) -> None:
     one = limiter(stores)
     agent = agent_with(max_running_turns=1)
-    await one.meet(agent)
+    await one.prepare(agent)
     waits, runs = one.admit_turn(agent, ADDRESS, ""), one.admit_turn(agent, ADDRESS, "")
     await waits.hold()
     waits.let_go()
     await run(runs)
     with pytest.raises(AgentBusy):
         await waits.hold()
-    runs.settle("ran")
+    runs.close("ran")
     await waits.hold()
 
 
@@ -473,7 +489,7 @@ async def test_who_finds_the_last_place_with_a_turn_that_asks_waits_for_what_com
     """A session that lets a message wait must not have others refused meanwhile."""
     one = limiter(stores)
     agent = agent_with(max_running_turns=1)
-    await one.meet(agent)
+    await one.prepare(agent)
     asks, next_one = one.admit_turn(agent, ADDRESS, ""), one.admit_turn(agent, ADDRESS, "")
     await asks.hold()
     held = asyncio.create_task(next_one.hold())
@@ -494,7 +510,7 @@ async def test_who_finds_the_last_place_with_a_turn_that_asks_waits_for_what_com
 async def test_however_many_ask_at_once_no_more_than_the_bound_run(stores: Stores) -> None:
     one = limiter(stores)
     agent = agent_with(max_running_turns=3)
-    await one.meet(agent)
+    await one.prepare(agent)
 
     async def try_one() -> bool:
         try:
@@ -510,11 +526,11 @@ async def test_the_quota_of_a_day_is_counted_over_pods_and_restarts(stores: Stor
     agent = agent_with(turns_per_day=3)
     for turns in (1, 1):
         pod = limiter(stores)
-        await pod.meet(agent)
+        await pod.prepare(agent)
         assert count(lambda pod=pod: pod.admit_turn(agent, ADDRESS, ""), turns) == turns  # type: ignore[misc]
         await pod.sync()
     late = limiter(stores)
-    await late.meet(agent)
+    await late.prepare(agent)
     assert count(lambda: late.admit_turn(agent, ADDRESS, ""), 9) == 1
     with pytest.raises(QuotaExhausted) as refused:
         late.admit_turn(agent, ADDRESS, "")
@@ -529,9 +545,9 @@ async def test_the_quota_of_a_day_is_counted_over_pods_and_restarts(stores: Stor
 async def test_a_new_day_has_its_whole_quota(stores: Stores) -> None:
     one = limiter(stores)
     agent = agent_with(turns_per_day=1)
-    await one.meet(agent)
+    await one.prepare(agent)
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
-    one._bounds[AGENT_ID].day_ends_s -= 86_400
+    one.usage(agent).day_ends_s -= 86_400
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
 
 
@@ -539,15 +555,15 @@ async def test_turns_that_are_being_told_are_among_those_of_the_day(stores: Stor
     """Redis may take its time to hear of them; none is let through again meanwhile."""
     one = limiter(stores)
     agent = agent_with(turns_per_day=3)
-    await one.meet(agent)
+    await one.prepare(agent)
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 2) == 2
-    heard, tell = asyncio.Event(), one._limits.tell
+    heard, tell = asyncio.Event(), one.shared.tell
 
     async def tell_slowly(told: Any) -> Any:
         await heard.wait()
         return await tell(told)
 
-    monkeypatch.setattr(one._limits, "tell", tell_slowly)
+    monkeypatch.setattr(one.shared, "tell", tell_slowly)
     telling = asyncio.create_task(one.sync())
     await asyncio.sleep(0)
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
@@ -562,10 +578,10 @@ async def test_a_turn_that_is_refused_late_costs_nothing_of_the_day(stores: Stor
     """It waited for its session, and the pod has told and learned in between."""
     one = limiter(stores)
     agent = agent_with(turns_per_day=1)
-    await one.meet(agent)
+    await one.prepare(agent)
     waiting = one.admit_turn(agent, ADDRESS, "")
     await one.sync()
-    waiting.settle("refused")
+    waiting.close("refused")
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
     await one.sync()
     assert await stores.client.get(stores.keys.limit(f"day:{AGENT_ID}")) == b"1"
@@ -574,13 +590,13 @@ async def test_a_turn_that_is_refused_late_costs_nothing_of_the_day(stores: Stor
 async def test_a_turn_of_yesterday_that_is_refused_today_gives_nothing_back(stores: Stores) -> None:
     one = limiter(stores)
     agent = agent_with(turns_per_day=1)
-    await one.meet(agent)
-    bounds = one._bounds[AGENT_ID]
-    bounds.day_ends_s = monotonic() + 1
+    await one.prepare(agent)
+    usage = one.usage(agent)
+    usage.day_ends_s = monotonic() + 1
     waiting = one.admit_turn(agent, ADDRESS, "")
-    bounds.day_ends_s = monotonic()
+    usage.day_ends_s = monotonic()
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1
-    waiting.settle("refused")
+    waiting.close("refused")
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 0
 
 
@@ -588,13 +604,13 @@ async def test_a_pod_that_does_not_know_the_day_asks_before_the_first_turn(store
     """Once, however many come at the same time; and not at all for an agent without bounds."""
     agent = agent_with(turns_per_day=1)
     first = limiter(stores)
-    await first.meet(agent)
+    await first.prepare(agent)
     first.admit_turn(agent, ADDRESS, "")
     await first.sync()
     other = limiter(stores)
     before = await script_calls(stores)
-    await asyncio.gather(*(other.meet(agent) for _ in range(20)))
-    await other.meet(agent_with())
+    await asyncio.gather(*(other.prepare(agent) for _ in range(20)))
+    await other.prepare(agent_with())
     assert await script_calls(stores) - before == 1
     with pytest.raises(QuotaExhausted):
         other.admit_turn(agent, ADDRESS, "")
@@ -606,7 +622,7 @@ async def test_a_pod_that_does_not_know_the_day_asks_before_the_first_turn(store
 async def test_in_shadow_all_is_counted_and_nothing_refused(stores: Stores) -> None:
     one = limiter(stores, 2, sessions=RateLimit(1, 600), mode="shadow")
     agent = agent_with(agent_rate_limit=RateLimit(3, 600), turns_per_day=1, max_running_turns=1)
-    await one.meet(agent)
+    await one.prepare(agent)
     for _ in range(4):
         admission = one.admit_turn(agent, ADDRESS, "")
         await run(admission)
@@ -631,12 +647,12 @@ async def test_when_it_is_enforced_the_same_is_refused(stores: Stores) -> None:
 async def test_switched_off_no_limit_is_looked_at(stores: Stores) -> None:
     one = limiter(stores, 1, sessions=RateLimit(1, 600), mode="off")
     agent = agent_with(agent_rate_limit=RateLimit(1, 600), turns_per_day=1, max_running_turns=1)
-    await one.meet(agent)
+    await one.prepare(agent)
     for _ in range(4):
         admission = one.admit_turn(agent, ADDRESS, "")
         await run(admission)
         admission.reserve_session()
-    assert (counted(one), one._buckets, one._bounds) == ({}, {}, {})
+    assert (counted(one), one.ledger.keys, one.ledger.usage(agent)) == ({}, [], None)
 
 
 # ---------------------------------------------------------------------------------------------------------- over HTTP

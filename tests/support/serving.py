@@ -16,7 +16,7 @@ import uvicorn
 
 from gateway.app import Pod
 from gateway.dev.servers.ports import HOST, free_port
-from gateway.server.protocol import Bounds, http_protocol
+from gateway.server.protocol import ConnectionLimits, http_protocol
 from gateway.server.serve import QuietServer
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ async def wait_for(condition: Any, what: str, limit_s: float = 15.0) -> Any:
 
 
 @asynccontextmanager
-async def served(pod: Pod, bounds: Bounds | None = None, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
+async def served(pod: Pod, bounds: ConnectionLimits | None = None, **options: Any) -> AsyncIterator[httpx.AsyncClient]:
     """Serves a pod from this process over real HTTP; gives a client for it. Options are uvicorn's."""
     port = free_port()
     protocol = http_protocol(bounds)
