@@ -1,7 +1,7 @@
-"""The admin key: who has it, over which connections it is taken, how often it may be guessed.
+"""The admin key: how it is compared, over which connections it is accepted, how often it may be guessed.
 
-What always holds: a key is compared only when the request came over TLS or from this machine, and when its address has not
-just failed too often; so a refusal that tells nothing of the key is all that a guesser gets.
+What always holds: a key is compared only for requests over TLS or from this machine, and only while their address has not
+failed too often. So a guesser learns nothing from a refusal.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,26 +15,26 @@ from gateway.limits.buckets import network
 from gateway.problems import RateLimited, TlsRequired
 
 FAILURES = 10
-"""Wrong keys from one address in `PER_S` seconds; then no key from there is compared until those are over."""
+"""Wrong keys that one address may send in `PER_S` seconds; after these no key of it is compared until they are over."""
 PER_S = 60.0
-REMEMBERED = 10_000
+MAX_ADDRESSES = 10_000
 FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwarded-proto", "x-real-ip")
-"""What a proxy adds. Behind one that is not trusted every client seems to be on this machine."""
+"""Headers that proxies add. Behind a proxy that is not trusted, every client seems to be on this machine."""
 
 
 class AdminKeys:
-    """The admin key, and the one before it while keys are changed. Compared as digests: in constant time, and nothing is
-    told of how long they are."""
+    """The admin key and, during a rotation, the one before it. Compared as digests: the time tells nothing of a key, not even
+    its length."""
 
     def __init__(self, current: str, previous: str = "") -> None:
         given = {"current": current, "previous": previous}
         self._digests = {name: _digest(key) for name, key in given.items() if key}
 
     def which(self, credentials: str) -> str:
-        """`current` or `previous`; empty for what is neither."""
+        """The key that the credentials are: `current`, `previous`, or '' for neither."""
         digest, found = _digest(credentials), ""
         for name, known in self._digests.items():
-            # All are compared: the time is the same for each key and for none.
+            # No early return: the time is the same for each key and for none.
             if compare_digest(digest, known) and credentials:
                 found = found or name
         return found
@@ -45,56 +45,57 @@ def _digest(text: str) -> bytes:
 
 
 class FailedAttempts:
-    """Counts wrong keys per client address, on this pod, for a bounded number of addresses. `clock` is in seconds.
+    """Failed attempts per client address on this pod, in fixed windows of `PER_S` seconds. `clock` is in seconds.
 
-    An address that has failed too often is shut out, with the right key too, or the answer would tell that it is right;
-    until its minute is over, and what it tries meanwhile does not prolong that.
+    An address beyond the limit is locked out with the right key too: the answer would tell that it is right. Attempts during
+    the lock-out do not prolong it.
     """
 
     def __init__(self, *, clock: Callable[[], float] = monotonic) -> None:
         self._clock = clock
-        # In the order in which their minutes end.
+        # Window end and failures by client, the window that ends first at the front.
         self._windows: dict[str, tuple[float, int]] = {}
 
     def wait_s(self, address: str) -> float:
-        """How long no key from this address is compared; 0 when one is."""
+        """Seconds until keys from this address are compared again; 0 when they are."""
         ends_at, failures = self._windows.get(network(address), (0.0, 0))
         left_s = ends_at - self._clock()
         return left_s if left_s > 0 and failures >= FAILURES else 0.0
 
     def count(self, address: str) -> None:
-        """Notes a wrong key."""
+        """Counts a failed attempt."""
         now, client = self._clock(), network(address)
         ends_at, failures = self._windows.get(client, (0.0, 0))
         if ends_at <= now:
             self._windows.pop(client, None)
-            self._make_room(now)
+            self._evict(now)
             ends_at, failures = now + PER_S, 0
         self._windows[client] = (ends_at, failures + 1)
 
-    def _make_room(self, now: float) -> None:
+    def _evict(self, now: float) -> None:
+        """Drops windows that are over, and the oldest one when there are too many."""
         while self._windows:
             client = next(iter(self._windows))
-            if self._windows[client][0] > now and len(self._windows) < REMEMBERED:
+            if self._windows[client][0] > now and len(self._windows) < MAX_ADDRESSES:
                 break
             del self._windows[client]
 
 
 class AdminDoor:
-    """Decides about one attempt to use an admin key."""
+    """Accepts or refuses attempts to use an admin key. `plaintext` accepts them without TLS."""
 
     def __init__(self, keys: AdminKeys, *, plaintext: bool, attempts: FailedAttempts | None = None) -> None:
         self._keys = keys
         self._plaintext = plaintext
         self._attempts = attempts or FailedAttempts()
-        # So that a flood of them is no flood of lines.
-        self._told = FailedAttempts()
+        # Limits the log lines: a flood of calls must not become a flood of lines.
+        self._logged = FailedAttempts()
 
     def try_key(self, credentials: str, address: str, scheme: str, headers: Mapping[str, str], request_id: str) -> str:
-        """Which key it is, or empty for none. Raises TlsRequired or RateLimited without having compared it."""
+        """The key that the credentials are (`AdminKeys.which`). Raises TlsRequired or RateLimited before any comparison."""
         if not (self._plaintext or scheme == "https" or is_local(address, headers)):
-            if not self._told.wait_s(address):
-                self._told.count(address)
+            if not self._logged.wait_s(address):
+                self._logged.count(address)
                 refused("no_tls", address, request_id)
             raise TlsRequired
         wait_s = self._attempts.wait_s(address)
@@ -108,7 +109,7 @@ class AdminDoor:
 
 
 def is_local(address: str, headers: Mapping[str, str]) -> bool:
-    """Whether a request comes from a program on this machine, and not through a proxy on it."""
+    """Whether a request comes from a program on this machine other than a proxy."""
     try:
         parsed = ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a request says of its sender."""
+"""The sender of a request: its website, tokens and address, as the request states them. `gatekeeper.py` believes or refuses."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any
@@ -18,23 +18,23 @@ UserToken = msgspec.Meta(max_length=4096, description="A JWT with which the agen
 
 
 class Caller:
-    """What a request says of its sender. The domain of the Origin header goes before one in the body."""
+    """The sender of one request. The domain of the Origin header takes precedence over one in the body."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
         headers = request.headers
         origins = headers.getlist("origin")
-        # A browser sends one.
+        # A browser sends one Origin; several are treated as `null`.
         self.origin: Origin | None = read_origin(origins[0] if len(origins) == 1 else "null") if origins else None
         self.website_domain = self.origin.domain if self.origin else ""
         self.user_agent = headers.get("user-agent", "")[:MAX_USER_AGENT]
         self.ip_address = address_of(request)
         self.token = bearer(headers.get("authorization", ""))
-        # Two that differ are one too many: which of them is meant is not for us to guess.
+        # A set, so that two different tokens are noticed: which one is meant must not be guessed.
         self.user_tokens = {headers["x-user-token"]} if "x-user-token" in headers else set()
 
     def add_body(self, metadata: dict[str, Any], user_token: str | None) -> None:
-        """Adds what the body says of its sender, where the headers say nothing. Raises InvalidField."""
+        """Fills in from the body what the headers leave out. Raises InvalidField."""
         if self.origin is None:
             self.website_domain = normal_domain(_text(metadata, "website_domain", 255))
         if not self.user_agent:
@@ -49,21 +49,21 @@ def address_of(request: Request) -> str:
 
 
 def known_operator(request: Request) -> Operator | None:
-    """The operator who makes this request, if the gatekeeper has found that one does."""
-    # Not by request.state, which makes an object to hold what nearly no request has.
+    """The operator who makes this request, once the gatekeeper has recognised one."""
+    # Read from the scope: request.state would make an object for every request of a visitor.
     operator: Operator | None = request.scope.get("state", {}).get("operator")
     return operator
 
 
 def kept_address(address: str, *, truncate: bool) -> str:
-    """An address as it is stored: whole, or without what tells one visitor from the next (the last 8 bits of IPv4, the
-    last 80 of IPv6)."""
+    """An address as it is stored: whole, or truncated so that it names no single visitor (without the last 8 bits of IPv4,
+    the last 80 of IPv6)."""
     if not truncate:
         return address
     try:
         parsed = ip_address(address)
     except ValueError:
-        # Nobody knows which part of it names the visitor.
+        # Of an unknown kind: no part of it is known to be harmless.
         return ""
     if isinstance(parsed, IPv6Address) and parsed.ipv4_mapped is None:
         return str(IPv6Address(int(parsed) >> 80 << 80))

@@ -1,4 +1,8 @@
-"""Who calls: the website a request comes from, its session token, user token, site key or admin key, its address."""
+"""Decides what a caller may do, by the website, tokens and keys of its request.
+
+No store is asked here, so a refusal is the same for sessions that exist and for those that do not. What depends on the session
+itself, `refusal` of lua/lib decides inside the script that touches the session.
+"""
 
 from hashlib import sha256
 
@@ -29,24 +33,19 @@ def _digest(key: str) -> bytes:
 
 
 MINTED = "gs_"
-"""What the ids of minted sessions begin with. Without a token, all of them are refused alike, those that there are and
-those that there are not."""
+"""Prefix of minted session ids. Without a token all of them are refused alike, whether the session exists or not."""
 
 KNOWN_AGENTS = 10_000
 
 
 class Gatekeeper:
-    """Decides what a caller may see: shared by all routes.
-
-    Nothing is asked of a store here, so what is refused here is refused alike for sessions that there are and for those
-    that there are not; what depends on the session itself, lua/prelude's `refusal` decides, atomically.
-    """
+    """The access of callers to agents and sessions; one for all routes."""
 
     def __init__(self, tokens: SessionTokens, door: AdminDoor) -> None:
         self._tokens = tokens
         self._door = door
         self._domains: dict[str, AllowedDomains] = {}
-        # By digest, so that they are nowhere twice.
+        # As digests: the keys themselves are kept in one place only.
         self._site_keys: set[bytes] = set()
 
     def require_admin(self, request: Request) -> Operator:
@@ -57,10 +56,10 @@ class Gatekeeper:
         return operator
 
     def operator(self, request: Request) -> Operator | None:
-        """The operator, if the request carries an admin key; a visitor's session token is never taken for one.
+        """The operator, if the request carries an admin key. Raises TlsRequired, RateLimited.
 
-        Anything else is counted as a guess, once a request, so ask this after all that the credentials may be besides.
-        Raises TlsRequired, RateLimited.
+        Other credentials count as a failed attempt, once a request: check first whether they are a site key. Session tokens
+        are told by their form and do not count.
         """
         given = bearer(request.headers.get("authorization", ""))
         if not given or given.startswith(TOKEN_BEGINS):
@@ -73,7 +72,7 @@ class Gatekeeper:
         return operator
 
     def domains(self, agent: Agent) -> AllowedDomains:
-        """The agent's allowed domains, made ready once per definition."""
+        """The agent's allowed domains, parsed once per definition."""
         entries = agent.definition.allowed_domains
         known = self._domains.get(agent.id)
         if known is None or (known.entries is not entries and known.entries != entries):
@@ -84,8 +83,8 @@ class Gatekeeper:
         return known
 
     def require_origin(self, caller: Caller, agent: Agent) -> None:
-        """Raises DomainNotAllowed for a website that may not use the agent. Who sends no Origin is looked at later, when it
-        is known which token would do instead."""
+        """Raises DomainNotAllowed for a website that may not use the agent. A request without Origin passes: `access` decides
+        about it, which knows the tokens that may take the place of an Origin."""
         if caller.origin is None:
             return
         try:
@@ -95,7 +94,7 @@ class Gatekeeper:
                 raise
 
     def require_website(self, caller: Caller, agent: Agent) -> None:
-        """Raises DomainNotAllowed for a website that may not use the agent, and for who does not say where from."""
+        """Raises DomainNotAllowed for a website that may not use the agent, and for requests that name none."""
         if not self._is_trusted(caller, agent):
             token = self._tokens.verify(caller.token) if caller.token else None
             self._require_domain(caller, agent, token is not None and token.agent_id == agent.id)
@@ -103,8 +102,8 @@ class Gatekeeper:
     def access(self, caller: Caller, agent: Agent, session_id: str, *, begins: bool = False) -> Access:
         """A caller's access to a session of an agent; `begins` when a turn or a session is to begin.
 
-        Raises TokenInvalid, TokenRequired, DomainNotAllowed, UserTokenInvalid, IdentityRequired, and SessionNotFound where
-        none of these would be true of a session that is not there.
+        Raises TokenInvalid, TokenRequired, DomainNotAllowed, UserTokenInvalid, IdentityRequired; and SessionNotFound where any
+        of these would tell that the session exists.
         """
         trusted = self._is_trusted(caller, agent)
         token = None
@@ -127,7 +126,7 @@ class Gatekeeper:
         return Access(agent.id, caller.website_domain, trusted or token is not None, user_id, trusted)
 
     def newcomer(self, caller: Caller, agent: Agent) -> Access:
-        """The access of a caller for whom a session is to be minted. Raises as `access` does."""
+        """The access of a caller who gets a minted session. Raises as `access` does."""
         trusted = self._is_trusted(caller, agent)
         if not trusted:
             self._require_domain(caller, agent, False)
@@ -136,14 +135,14 @@ class Gatekeeper:
         return Access(agent.id, caller.website_domain, False, user_id, trusted)
 
     def refuse_absent(self, caller: Caller, session_id: str) -> None:
-        """Raises what `access` would raise of a session that is there, as far as that does not depend on its agent."""
+        """Raises what `access` raises for an existing session, as far as that does not depend on the session's agent."""
         if caller.token:
             self._token(caller, session_id)
         elif session_id.startswith(MINTED):
             raise TokenRequired
 
     def _token(self, caller: Caller, session_id: str) -> SessionToken:
-        """The session's token that came along. Raises TokenInvalid, and SessionNotFound when it is from another website."""
+        """The request's token, if it is this session's. Raises TokenInvalid; SessionNotFound when it is another website's."""
         token = self._tokens.verify(caller.token)
         if token is None or token.session_id != session_id:
             raise TokenInvalid
@@ -152,7 +151,7 @@ class Gatekeeper:
         return token
 
     def is_site(self, caller: Caller, agent: Agent) -> bool:
-        """Whether the agent's site itself calls: one of its servers, with a site key."""
+        """Whether one of the site's servers calls, with a site key of the agent."""
         found = bool(caller.token) and is_one_of(caller.token, agent.definition.site_keys)
         if found:
             if len(self._site_keys) >= KNOWN_AGENTS:
@@ -161,12 +160,12 @@ class Gatekeeper:
         return found
 
     def is_some_site(self, caller: Caller) -> bool:
-        """Whether a site that this pod knows calls, whichever it is: for sessions that are not there, which are no agent's.
-        It opens nothing; its key is only no guess at the admin's."""
+        """Whether the credentials are a site key that this pod has seen, of whatever agent. It grants nothing: it only keeps
+        such a key from counting as a failed attempt at the admin key when the session, and so its agent, is unknown."""
         return bool(caller.token) and _digest(caller.token) in self._site_keys
 
     def _is_trusted(self, caller: Caller, agent: Agent) -> bool:
-        """Whether the site's own server calls, or an operator."""
+        """Whether the site's server or an operator calls."""
         if not caller.token:
             return False
         if self.is_site(caller, agent):
@@ -174,7 +173,7 @@ class Gatekeeper:
         try:
             return self.operator(caller.request) is not None
         except TlsRequired:
-            # A visitor's bad token is told as one; who has the admin key finds the reason in the log.
+            # Visitors are told about their token, never about the admin key; the audit log has the reason.
             return False
 
     def _require_domain(self, caller: Caller, agent: Agent, has_token: bool) -> None:

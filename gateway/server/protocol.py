@@ -1,12 +1,11 @@
-"""The limits of a connection, which uvicorn and httptools leave open: how large and how slow a request's head may be, what
-follows an answer that came before the whole request, and how long a client may leave an answer unread.
+"""Connection limits, which uvicorn and httptools leave open: size and duration of a request's head, the rest of a request
+that was answered early, and the time in which a client has to read its answer. All knowledge of uvicorn's insides is here.
 
-Used by whoever serves a pod: `uvicorn.Config(..., http=http_protocol())`. The limits of bodies are in `api/rendering.py`.
+`uvicorn.Config(..., http=http_protocol())` uses it. The limits of bodies are in `api/reading.py`.
 
-What always holds: a connection whose client does nothing is closed after a time, whatever it did before; what it can make
-this process keep is bounded; trailer fields are dropped, so that no proxy's word about a client can be forged in them; a
-request's body is its body, whatever other protocol it asks for; who is being answered hears that the client has gone; and
-whatever comes in that is not answered by the application is answered by a problem document, if by anything at all.
+What always holds: an idle connection is closed after a time, in whatever state it is; its memory is bounded; trailer fields
+are dropped, so that they cannot forge a proxy's headers; a request's body stays its body, whatever protocol it asks to upgrade
+to; the application learns of every disconnect; and all that is refused here is refused by a problem document.
 """
 
 import asyncio
@@ -22,25 +21,25 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from gateway.problems import HeadTooLarge, HeadTooSlow, InvalidRequest, Problem, UriTooLong, encode_problem, problem_headers
 
-# uvicorn warns of each request that it cannot read: anybody could fill the log.
+# uvicorn logs a warning for each unreadable request: any client could fill the log.
 _logger = logging.getLogger("uvicorn.error.connection")
 _logger.setLevel(logging.ERROR)
 
 
 class ConnectionLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What a connection may cost."""
+    """Limits of one connection; sizes in bytes, times in seconds."""
 
     url_bytes: int = 8_192
     head_bytes: int = 16_384
     headers: int = 100
     pipelined: int = 16
-    """Requests that wait for the answers before theirs."""
+    """Requests that may wait for the answers to earlier ones."""
     head_s: float = 10.0
     """From a request's first byte to the end of its head."""
     linger_s: float = 5.0
-    """How long the rest of a request is awaited, and dropped, that was answered before it was whole."""
+    """For how long the rest of a request that was answered early is read and dropped."""
     stall_s: float = 30.0
-    """In so much time a client takes at least `stall_bytes` of an answer that waits for it."""
+    """Within this time a client has to read `stall_bytes` of a waiting answer."""
     stall_bytes: int = 16_384
 
 
@@ -50,8 +49,8 @@ def http_protocol(limits: ConnectionLimits | None = None) -> type[HttpToolsProto
 
 
 class JoinedWrites:
-    """Where an answer is written: what comes first, its head, goes out with what follows at once, its body, in one packet.
-    When nothing follows it goes out by itself, before the loop waits for anything."""
+    """The transport of one answer: joins head and body into one packet when the body follows at once. A head on its own is
+    written before the loop next waits."""
 
     def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
         self._transport = transport
@@ -94,27 +93,27 @@ class HttpProtocol(HttpToolsProtocol):
         self.logger = _logger
         self._in_head = False
         self._in_body = False
-        # Bytes of a head, or of what stands between the parts of a body, that came without completing anything.
+        # Bytes received since the parser last made progress.
         self._idle_bytes = 0
         self._refusing: Problem | None = None
-        # Nothing that comes is looked at any more.
+        # Further bytes are dropped unread.
         self._deaf = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._end_timer: asyncio.TimerHandle | None = None
         self._stall_timer: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
-        # The request that is being answered; uvicorn keeps the one that came last.
+        # The request being answered; uvicorn keeps the newest one.
         self._answered: RequestResponseCycle | None = None
         self._writes: JoinedWrites | None = None
         self._data = b""
-        # The request asks for another protocol: its head is to be read again, without that.
+        # The request asks for an upgrade: its head is parsed again without that field.
         self._reads_again = False
 
     # ------------------------------------------------------------------------------------------------ the connection
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # As between two requests: uvicorn alone would wait for the first one for ever.
+        # uvicorn sets the keep-alive timer only between requests, and would wait for the first one for ever.
         self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -125,14 +124,14 @@ class HttpProtocol(HttpToolsProtocol):
         self._deaf = True
         super().connection_lost(exc)
         if self._answered is not None and not self._answered.response_complete:
-            # uvicorn tells the request that came last, which may wait behind this one.
+            # uvicorn tells only the newest request, which may still wait behind this one.
             self._answered.disconnected = True
             self._answered.message_event.set()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
         self._writes = JoinedWrites(self.transport, self.loop)
-        cycle.transport = self._writes  # type: ignore[assignment]  # all of one that a cycle uses
+        cycle.transport = self._writes  # type: ignore[assignment]  # has all that a cycle uses
         super()._start_asgi_task(cycle, app)
 
     def data_received(self, data: bytes) -> None:
@@ -155,7 +154,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     @property
     def _idle(self) -> bool:
-        """Whether nothing is being answered."""
+        """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
     # ------------------------------------------------------------------------------------------ the parser's callbacks
@@ -207,10 +206,10 @@ class HttpProtocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def _unsupported_upgrade_warning(self) -> None:
-        """Answers a request that asks for another protocol as if it did not (RFC 9110, section 7.8).
+        """Ignores a request's wish for another protocol (RFC 9110, section 7.8).
 
-        httptools takes what follows the head of such a request for that protocol: a body would be missing, and a part of it
-        that comes later would be read as another request. So the head is read once more, without that field.
+        httptools takes the bytes behind such a head for the other protocol: the body would be lost, and the rest of it would
+        be parsed as the next request. So the head is parsed once more without the field.
         """
         error = sys.exc_info()[1]
         assert isinstance(error, httptools.HttpParserUpgrade)
@@ -229,7 +228,7 @@ class HttpProtocol(HttpToolsProtocol):
     # ------------------------------------------------------------------------------------------------------- refusals
 
     def send_400_response(self, msg: str) -> None:
-        """uvicorn's answer to what the parser refuses, in the form of all errors."""
+        """Replaces uvicorn's plain answer to an unreadable request by a problem document."""
         self._refuse(self._refusing or InvalidRequest())
 
     def _stop_parsing(self, problem: Problem) -> NoReturn:
@@ -239,25 +238,25 @@ class HttpProtocol(HttpToolsProtocol):
     def _on_slow_head(self) -> None:
         self._head_timer = None
         if self.flow.read_paused:
-            # It is this side that does not read on.
+            # This side has paused reading: the client is not slow.
             self._head_timer = self.loop.call_later(self.limits.head_s, self._on_slow_head)
         else:
             self._refuse(HeadTooSlow(f"more than {self.limits.head_s:g} s"))
 
     def _refuse(self, problem: Problem) -> None:
-        """Answers what cannot be handed to the application, and hangs up."""
+        """Answers a request that cannot be handed to the application, and hangs up."""
         self._deaf = True
         cycle = self.cycle
         if self.pipeline or not (self._idle or self._in_body):
-            # The answers before it come first; `on_response_complete` hangs up then. What waits behind is not begun.
+            # Earlier answers come first; `on_response_complete` hangs up behind them. Later requests are not begun.
             self.pipeline.clear()
             return
         if self._idle and self._in_body:
-            # The rest of a request that has its answer.
+            # The rest of an answered request.
             self._hang_up()
             return
         if not self._idle:
-            # The request that is being answered is itself the broken one.
+            # The broken request is the one being answered.
             started, cycle.disconnected = cycle.response_started, True
             cycle.message_event.set()
             if started:
@@ -272,13 +271,13 @@ class HttpProtocol(HttpToolsProtocol):
         }
         lines = [f"HTTP/1.1 {problem.status} {HTTPStatus(problem.status).phrase}"]
         lines += [f"{name.lower()}: {value}" for name, value in headers.items()]
-        # Behind what may be held: the word that the body may come.
+        # Through the held writes: an interim `100 Continue` may still be among them.
         (self._writes or self.transport).write("\r\n".join([*lines, "", ""]).encode() + body)
         self._hang_up()
 
     def _hang_up(self) -> None:
-        """Says that nothing more comes, and drops what comes in for a while: a close at once would be a reset to a client
-        that is still sending, and could take the answer from it."""
+        """Half-closes the connection and drops input for a while: an immediate close would reset a client that is still
+        sending, which may then never see the answer."""
         if self._writes is not None:
             self._writes.flush()
         if self.transport.is_closing():
@@ -293,7 +292,7 @@ class HttpProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
-            # Closing waits until the client has read all.
+            # The transport closes once the client has read all of it.
             self._watch_reader()
         elif self._deaf:
             self._hang_up()
@@ -317,7 +316,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._watch_reader()
 
     def _watch_reader(self) -> None:
-        """Looks again and again whether the client reads, as long as something waits for it."""
+        """Checks at intervals, while output is buffered, that the client still reads."""
         if self._stall_timer is None:
             self._unread_bytes = self.transport.get_write_buffer_size()
             self._stall_timer = self.loop.call_later(self.limits.stall_s, self._on_stall)

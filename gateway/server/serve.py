@@ -14,7 +14,7 @@ from gateway.app import Pod
 from gateway.server.protocol import http_protocol
 
 KEEP_ALIVE_S = 75
-"""Longer than balancers keep an idle connection: they close it, not the pod, which could do so under the next request."""
+"""Longer than balancers keep idle connections, so that the balancer closes them: the pod could close one under a request."""
 
 
 class CannotListen(Exception):
@@ -32,8 +32,8 @@ class QuietServer(uvicorn.Server):
 def tune_collector() -> None:
     """Tells the garbage collector what a pod is like, once all modules and graphs are loaded.
 
-    What is there stays, so it need not be looked at again and again, which stops a pod for a tenth of a second each time;
-    and a turn leaves few cycles, so there is no hurry to look for them. `scripts/bench flood` shows it in its p99.
+    Modules and graphs stay for good: frozen, they no longer cost each full collection a tenth of a second. A turn leaves few
+    cycles, so collections can be rare. `scripts/bench flood` shows both in its p99.
     """
     gc.collect()
     gc.freeze()
@@ -41,8 +41,8 @@ def tune_collector() -> None:
 
 
 async def end_leftovers() -> None:
-    """Ends what graphs have left behind: a node that swallows its cancellation, or blocks a thread, must not keep the
-    process. All that had to end in order has ended by now."""
+    """Ends tasks and threads that graphs have left behind: a node that swallows its cancellation or blocks a thread must not
+    keep the process alive. Everything that ends in order has ended before."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
@@ -56,8 +56,8 @@ async def end_leftovers() -> None:
 async def serve_pod(pod: Pod) -> None:
     """Serves a pod until SIGTERM or SIGINT. Raises CannotListen when it cannot listen.
 
-    SIGTERM gives notice first: not ready any more, but everything is answered, until the balancer has noticed. SIGINT and
-    any second signal end the notice. Then the pod stops to accept and drains.
+    SIGTERM begins a notice period: the pod is no longer ready and still answers everything, until the balancer has noticed.
+    SIGINT, or a second signal, ends it at once. Then the pod stops accepting and drains.
     """
     settings = pod.settings
     config = uvicorn.Config(

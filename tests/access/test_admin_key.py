@@ -134,7 +134,7 @@ def test_all_addresses_of_one_ipv6_customer_are_one(door: AdminDoor) -> None:
 
 
 def test_what_is_remembered_of_addresses_is_bounded(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.access.admin_key.REMEMBERED", 50)
+    monkeypatch.setattr("gateway.access.admin_key.MAX_ADDRESSES", 50)
     attempts = FailedAttempts(clock=clock)
     for number in range(500):
         attempts.count(f"198.51.100.{number}")

@@ -119,7 +119,7 @@ def test_claims_of_a_later_version_are_passed_over() -> None:
         assert SessionTokens([KEY], 60).verify(sign(CLAIMS | {"exp": time() + 60, "later": 1})) == TOKEN
 
 
-def test_what_was_given_out_is_verified_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_session_token_is_verified_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyJWT takes a tenth of a turn for it."""
     both = SessionTokens([KEY, OTHER_KEY], 60)
     texts = [both.mint(TOKEN), SessionTokens([OTHER_KEY], 60).mint(TOKEN)]
