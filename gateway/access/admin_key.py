@@ -23,8 +23,8 @@ FORWARDED = ("forwarded", "via", "x-forwarded-for", "x-forwarded-host", "x-forwa
 
 
 class AdminKeys:
-    """The admin key and, during a rotation, the one before it. Compared as digests: the time tells nothing of a key, not even
-    its length."""
+    """The admin key and, during a rotation, the one before it. Compared as digests: the time tells nothing of a key, not
+    even its length."""
 
     def __init__(self, current: str, previous: str = "") -> None:
         given = {"current": current, "previous": previous}

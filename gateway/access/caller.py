@@ -1,4 +1,5 @@
-"""The sender of a request: its website, tokens and address, as the request states them. `gatekeeper.py` believes or refuses."""
+"""The sender of a request: its website, tokens and address, as the request states them. `gatekeeper.py` believes or
+refuses."""
 
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any

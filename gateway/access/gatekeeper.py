@@ -1,7 +1,7 @@
 """Decides what a caller may do, by the website, tokens and keys of its request.
 
-No store is asked here, so a refusal is the same for sessions that exist and for those that do not. What depends on the session
-itself, `refusal` of lua/lib decides inside the script that touches the session.
+No store is asked here, so a refusal is the same for sessions that exist and for those that do not. What depends on the
+session itself, `refusal` of lua/lib decides inside the script that touches the session.
 """
 
 from hashlib import sha256
@@ -83,8 +83,8 @@ class Gatekeeper:
         return known
 
     def require_origin(self, caller: Caller, agent: Agent) -> None:
-        """Raises DomainNotAllowed for a website that may not use the agent. A request without Origin passes: `access` decides
-        about it, which knows the tokens that may take the place of an Origin."""
+        """Raises DomainNotAllowed for a website that may not use the agent. A request without Origin passes: `access`
+        decides about it, which knows the tokens that may take the place of an Origin."""
         if caller.origin is None:
             return
         try:
@@ -102,8 +102,8 @@ class Gatekeeper:
     def access(self, caller: Caller, agent: Agent, session_id: str, *, begins: bool = False) -> Access:
         """A caller's access to a session of an agent; `begins` when a turn or a session is to begin.
 
-        Raises TokenInvalid, TokenRequired, DomainNotAllowed, UserTokenInvalid, IdentityRequired; and SessionNotFound where any
-        of these would tell that the session exists.
+        Raises TokenInvalid, TokenRequired, DomainNotAllowed, UserTokenInvalid, IdentityRequired; and SessionNotFound where
+        any of these would tell that the session exists.
         """
         trusted = self._is_trusted(caller, agent)
         token = None
@@ -142,7 +142,8 @@ class Gatekeeper:
             raise TokenRequired
 
     def _token(self, caller: Caller, session_id: str) -> SessionToken:
-        """The request's token, if it is this session's. Raises TokenInvalid; SessionNotFound when it is another website's."""
+        """The request's token, if it is this session's. Raises TokenInvalid; SessionNotFound when it is another
+        website's."""
         token = self._tokens.verify(caller.token)
         if token is None or token.session_id != session_id:
             raise TokenInvalid

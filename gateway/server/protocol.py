@@ -4,8 +4,8 @@ that was answered early, and the time in which a client has to read its answer. 
 `uvicorn.Config(..., http=http_protocol())` uses it. The limits of bodies are in `api/reading.py`.
 
 What always holds: an idle connection is closed after a time, in whatever state it is; its memory is bounded; trailer fields
-are dropped, so that they cannot forge a proxy's headers; a request's body stays its body, whatever protocol it asks to upgrade
-to; the application learns of every disconnect; and all that is refused here is refused by a problem document.
+are dropped, so that they cannot forge a proxy's headers; a request's body stays its body, whatever protocol it asks to
+upgrade to; the application learns of every disconnect; and all that is refused here is refused by a problem document.
 """
 
 import asyncio
