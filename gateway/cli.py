@@ -139,7 +139,7 @@ async def _dev(options: argparse.Namespace) -> None:
     settings = load_settings(os.environ)
     configure_logs(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
     dev = DevOptions(port=options.port, data=options.data, worker=not options.no_worker)
-    await run_dev(dev, os.environ, serve_pod, on_signals)
+    await run_dev(dev, os.environ)
 
 
 async def _agents_put(options: argparse.Namespace) -> None:

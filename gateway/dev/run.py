@@ -7,24 +7,20 @@ import secrets
 import shlex
 import shutil
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.resources import files
 from pathlib import Path
 from time import time
-from typing import Any
 
 import msgspec
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import Route
 
-from gateway.api.answers import answer
-from gateway.app import Pod, Stores, build_pod, build_worker
+from gateway.app import Stores, build_pod, build_worker
+from gateway.dev.demo import demo_routes
 from gateway.dev.servers.ports import ServerError, free_port, port_is_free
 from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.process import Server
 from gateway.dev.servers.redis import RedisServer
+from gateway.server.serve import on_signals, serve_pod
 from gateway.settings import Settings, load_settings
 from persistence.errors import PostgresUnavailable
 from persistence.model.agents import AgentDefinition
@@ -46,14 +42,9 @@ class DevOptions(msgspec.Struct, frozen=True):
     worker: bool
 
 
-async def run_dev(
-    options: DevOptions,
-    environment: Mapping[str, str],
-    serve: Callable[[Pod], Awaitable[None]],
-    on_signals: Callable[[Callable[[], None]], None],
-) -> None:
-    """Runs everything until SIGINT or SIGTERM. Raises ServerError, SettingsError or PersistenceError."""
-    # Asked for between the steps of the start, each of which is short; nothing is cancelled half-way.
+async def run_dev(options: DevOptions, environment: Mapping[str, str]) -> None:
+    """Runs everything until SIGINT or SIGTERM. Raises ServerError, CannotListen, SettingsError or PersistenceError."""
+    # Checked between the steps of the start, which are short, so that no step is cancelled half-way.
     interrupted = asyncio.Event()
     on_signals(interrupted.set)
     if not 1 <= options.port <= 65_535:
@@ -83,7 +74,7 @@ async def run_dev(
         stores = Stores(settings)
         stack.push_async_callback(stores.close)
         await _migrate(stores)
-        pod = await build_pod(settings, stores, [Route("/", _demo_page), Route("/dev/session", Behind(stores).show)])
+        pod = await build_pod(settings, stores, demo_routes(stores))
         await stores.agents.put("demo", AgentDefinition(graph="echo", config=DEMO))
         if options.worker:
             worker = await build_worker(settings, stores)
@@ -92,7 +83,7 @@ async def run_dev(
             return
         _print_summary(options, settings, shown)
         # From here on the signals are the pod's.
-        await serve(pod)
+        await serve_pod(pod)
         print("stopping", file=sys.stderr)
 
 
@@ -179,46 +170,3 @@ def _print_summary(options: DevOptions, settings: Settings, shown: Mapping[str, 
         lines += ["", "  the worker is left out: nothing reaches Postgres, and no session gets a TTL"]
     lines += ["", "  Ctrl-C stops all of it.", ""]
     print("\n".join(lines), flush=True)
-
-
-async def _demo_page(request: Request) -> Response:
-    return Response((files("gateway") / "dev" / "demo.html").read_bytes(), media_type="text/html")
-
-
-class Behind:
-    """What the demo page shows of a session: its hash, its TTL, the outbox, its rows. Empty for one not begun."""
-
-    def __init__(self, stores: Stores) -> None:
-        self._stores = stores
-
-    async def show(self, request: Request) -> Response:
-        """GET /dev/session"""
-        stores, session_id = self._stores, request.query_params.get("session_id", "")
-        key = stores.keys.session(session_id)
-        began = time()
-        found: list[bytes] = await stores.scripts.command("HGETALL", key)
-        ttl_s = await stores.scripts.command("TTL", key)
-        redis_ms = round((time() - began) * 1000, 2)
-        backlog = await stores.outbox.backlog(int(time() * 1000))
-        rows: list[dict[str, Any]] | None = []
-        try:
-            stored = await stores.postgres.find_session(session_id)
-            if stored:
-                messages = await stores.postgres.load_messages(stored.id, 2**31 - 1, 50)
-                rows = [
-                    {"role": one.role, "content": one.content, "seq": one.seq, "created_at": one.created_at}
-                    for one in messages
-                ]
-        except PostgresUnavailable:
-            rows = None
-        pairs = zip(found[::2], found[1::2], strict=True)
-        return answer(
-            {
-                "key": key,
-                "ttl_s": ttl_s if ttl_s >= 0 else None,
-                "hash": {name.decode(): value.decode(errors="replace") for name, value in sorted(pairs)},
-                "outbox": backlog.records,
-                "rows": rows,
-                "redis_ms": redis_ms,
-            }
-        )
