@@ -24,8 +24,8 @@ from gateway.metrics import Metrics
 from gateway.problems import AgentBusy, LimitsUnavailable, Problem, QuotaExhausted, RateLimited, TooManyStreams
 from persistence.errors import PersistenceError
 from persistence.model.agents import Agent, RateLimit
-from persistence.redis.connection import retrieve
-from persistence.redis.shared_limits import DayTold, Learned, Limits, RateTold, RunningTold, Told
+from persistence.redis.shared_limits import DayUpdate, LimitUpdate, RateUpdate, RunningUpdate, SharedLimits, SharedValue
+from persistence.tasks import retrieve
 
 log = structlog.get_logger()
 
@@ -51,7 +51,7 @@ class Limiter:
 
     def __init__(
         self,
-        limits: Limits,
+        limits: SharedLimits,
         metrics: Metrics,
         *,
         mode: Mode = "enforce",
@@ -287,20 +287,20 @@ class Limiter:
         self._log()
 
     async def _step(self, buckets: Mapping[str, Bucket], bounds: Mapping[str, Bounds]) -> None:
-        told: dict[str, Told] = {}
+        told: dict[str, LimitUpdate] = {}
         for key, bucket in buckets.items():
-            told[key] = RateTold(bucket.untold, bucket.interval_s * 1000)
+            told[key] = RateUpdate(bucket.untold, bucket.interval_s * 1000)
             bucket.untold = 0
         days = {}
         for agent_id, one in bounds.items():
             one.turn_day(monotonic())
-            told[f"running:{agent_id}"] = RunningTold(self._pod, one.running, RUNNING_LIFE_MS)
-            told[f"day:{agent_id}"] = DayTold(one.untold_day)
+            told[f"running:{agent_id}"] = RunningUpdate(self._pod, one.running, RUNNING_LIFE_MS)
+            told[f"day:{agent_id}"] = DayUpdate(one.untold_day)
             days[agent_id], one.untold_day = one.untold_day, 0
             one.telling_day += days[agent_id]
         if not told:
             return
-        learned, error = await self._limits.tell(told)
+        learned, error = await self._limits.sync(told)
         now = monotonic()
         self._note(error, now)
         for key, bucket in buckets.items():
@@ -309,15 +309,15 @@ class Limiter:
             else:
                 # Not told: it is part of the next step.
                 told_rate = told[key]
-                assert isinstance(told_rate, RateTold)
-                bucket.keep_untold(told_rate.cost, now)
+                assert isinstance(told_rate, RateUpdate)
+                bucket.keep_untold(told_rate.turns, now)
                 if self._buckets.get(key) is bucket:
                     self._untold.add(key)
         for agent_id, one in bounds.items():
             self._learn_bounds(one, days[agent_id], learned.get(f"running:{agent_id}"), learned.get(f"day:{agent_id}"), now)
 
     @staticmethod
-    def _learn_bounds(bounds: Bounds, cost: int, running: Learned | None, day: Learned | None, now: float) -> None:
+    def _learn_bounds(bounds: Bounds, cost: int, running: SharedValue | None, day: SharedValue | None, now: float) -> None:
         if running is not None:
             bounds.others, bounds.learned_s = running.value, now
         bounds.telling_day -= cost

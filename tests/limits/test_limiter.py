@@ -25,7 +25,7 @@ from gateway.settings import Settings
 from persistence.model.agents import Agent, AgentDefinition, RateLimit
 from persistence.redis.connection import connect
 from persistence.redis.scripts import Scripts
-from persistence.redis.shared_limits import Limits, RateTold
+from persistence.redis.shared_limits import RateUpdate, SharedLimits
 from tests.conftest import PutAgent
 from tests.support.pods import ServedPod, gated_pod
 from tests.support.serving import ADMIN, served, wait_for
@@ -39,7 +39,7 @@ AGENT_ID = "01900000-0000-7000-8000-00000000a9e1"
 def limiter(stores: Stores, messages: int = 0, per_s: int = 600, **options: Any) -> Limiter:
     """A limiter as a pod of its own has it; `messages` per address."""
     address = RateLimit(messages, per_s) if messages else None
-    return Limiter(Limits(stores.scripts, stores.keys), Metrics(), address=address, **options)
+    return Limiter(SharedLimits(stores.scripts, stores.keys), Metrics(), address=address, **options)
 
 
 def agent_with(**limits: Any) -> Agent:
@@ -122,7 +122,7 @@ async def test_a_refused_turn_costs_nothing(stores: Stores) -> None:
     await one.sync()
     # Charged for four turns and not a thousand: within one limit's time there is room again.
     await wait_for(lambda: admitted(one, 1), "room for the next turn", 10)
-    learned, _ = await Limits(stores.scripts, stores.keys).tell({f"address:{ADDRESS}": RateTold(0, 500)})
+    learned, _ = await SharedLimits(stores.scripts, stores.keys).sync({f"address:{ADDRESS}": RateUpdate(0, 500)})
     assert learned[f"address:{ADDRESS}"].value <= 2000
 
 
@@ -246,7 +246,7 @@ async def test_what_is_given_back_is_there_on_every_pod(stores: Stores) -> None:
     assert admitted(other, 1) == 0
     given_back.settle("refused")
     await one.sync()
-    learned, _ = await Limits(stores.scripts, stores.keys).tell({f"address:{ADDRESS}": RateTold(0, 300_000)})
+    learned, _ = await SharedLimits(stores.scripts, stores.keys).sync({f"address:{ADDRESS}": RateUpdate(0, 300_000)})
     assert 590_000 < learned[f"address:{ADDRESS}"].value <= 600_000
 
 
@@ -343,7 +343,7 @@ async def test_who_was_forgotten_in_a_flood_is_learned_anew(stores: Stores, monk
 
 async def test_without_redis_a_pod_goes_on_with_what_it_knows(stores: Stores) -> None:
     away = connect(f"redis://{HOST}:{free_port()}/0")
-    one = Limiter(Limits(Scripts(away), stores.keys), Metrics(), address=RateLimit(3, 600))
+    one = Limiter(SharedLimits(Scripts(away), stores.keys), Metrics(), address=RateLimit(3, 600))
     assert admitted(one, 2) == 2
     await one.sync()
     assert admitted(one, 5) == 1
@@ -360,7 +360,7 @@ async def test_a_redis_that_goes_away_is_met_as_it_is_set(
     monkeypatch.setattr(limits_module, "FAILED_S", 0.2)
     with RedisServer(tmp_path, free_port()) as server:
         client = connect(server.url)
-        other = Limits(Scripts(client), stores.keys)
+        other = SharedLimits(Scripts(client), stores.keys)
         one = Limiter(other, Metrics(), address=RateLimit(50, 600), refuse_on_failure=policy == "refuse")
         assert admitted(one, 1) == 1
         await one.sync()
@@ -386,7 +386,7 @@ async def test_a_redis_that_goes_away_is_met_as_it_is_set(
         await wait_for(mended, "the pod is in step again")
         assert admitted(one, 1) == 1
         await one.sync()
-        learned, _ = await other.tell({f"address:{ADDRESS}": RateTold(0, 12_000)})
+        learned, _ = await other.sync({f"address:{ADDRESS}": RateUpdate(0, 12_000)})
         # Three turns of 12 s. The one whose fate was unknown may have been told twice, never not at all.
         assert 30_000 < learned[f"address:{ADDRESS}"].value <= 48_000
         await client.aclose()
