@@ -541,13 +541,13 @@ async def test_turns_that_are_being_told_are_among_those_of_the_day(stores: Stor
     agent = agent_with(turns_per_day=3)
     await one.meet(agent)
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 2) == 2
-    heard, tell = asyncio.Event(), one._limits.tell
+    heard, sync = asyncio.Event(), one._limits.sync
 
-    async def tell_slowly(told: Any) -> Any:
+    async def sync_slowly(updates: Any) -> Any:
         await heard.wait()
-        return await tell(told)
+        return await sync(updates)
 
-    monkeypatch.setattr(one._limits, "tell", tell_slowly)
+    monkeypatch.setattr(one._limits, "sync", sync_slowly)
     telling = asyncio.create_task(one.sync())
     await asyncio.sleep(0)
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1

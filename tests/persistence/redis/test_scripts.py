@@ -529,7 +529,7 @@ def test_every_script_gets_the_prelude_behind_its_first_line() -> None:
 
 def test_nothing_stored_is_read_or_written_but_through_the_scripts() -> None:
     """A plain command's reply has no echo. Left are the start, where no connection is old yet, and wake-ups without data."""
-    senders = {"server_check.py", "pool.py", "wakeups.py"}
+    senders = {"connection.py", "server_check.py", "pool.py", "wakeups.py"}
     plain = re.compile(r"execute_command|client\.x?[hzls]?(get|set|range|scan|len|del)")
     files = [file for folder in ("persistence", "gateway") for file in (ROOT / folder).rglob("*.py")]
     assert [file.name for file in files if plain.search(file.read_text()) and file.name not in senders] == []
