@@ -54,13 +54,14 @@ from persistence.model.agents import RateLimit
 from persistence.postgres.migrate import load_migrations
 from persistence.postgres.postgres import Postgres
 from persistence.redis.agent_copies import AgentCopies
-from persistence.redis.connection import Client, call, check_server, connect
+from persistence.redis.connection import Client, call, connect
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
 from persistence.redis.scripts import Scripts
+from persistence.redis.server_check import check_server
 from persistence.redis.sessions import SessionStore
-from persistence.redis.shared_limits import Limits
-from persistence.redis.turn_logs import EventLogs
+from persistence.redis.shared_limits import SharedLimits
+from persistence.redis.turn_logs import TurnLogs
 from persistence.redis.wakeups import WakeUps
 from persistence.worker import Worker
 
@@ -82,7 +83,7 @@ class Stores:
             max_backlog_bytes=settings.max_backlog_bytes,
         )
         self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
-        self.logs = EventLogs(self.scripts, self.keys)
+        self.logs = TurnLogs(self.scripts, self.keys)
         self.agent_copies = AgentCopies(self.scripts, self.keys)
         self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
         self.agents = Agents(self.agent_copies, self.postgres)
@@ -134,7 +135,7 @@ class Pod:
             queue_wait_s=settings.queue_wait_s,
         )
         self.runtime = AgentRuntime(stores.agents, self.turns)
-        self.ledger = Ledger(Limits(stores.scripts, stores.keys))
+        self.ledger = Ledger(SharedLimits(stores.scripts, stores.keys))
         refusals = Refusals(self.metrics, settings.limit_mode)
         self.limiter = Limiter(
             self.ledger,

@@ -13,7 +13,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from persistence.redis.connection import UnusableUrl, connect, default_partitions
+from persistence.redis.connection import connect
+from persistence.redis.urls import UnusableUrl, default_partitions
 
 PREFIX = "GATEWAY_"
 TOKEN_BEGINS = "eyJ"  # noqa: S105

@@ -1,38 +1,38 @@
-"""Every error this package raises. Libraries' errors are translated into these once, at the edge where they occur."""
+"""Every error that this package raises. A library's error becomes one of these once, at the edge where it occurs."""
 
 
 class PersistenceError(Exception):
-    """The root of this package's errors."""
+    """Root of this package's errors."""
 
 
 class RedisUnavailable(PersistenceError):
-    """Redis could not serve the call in time; whether a write happened is unknown, and repeating it is safe."""
+    """Redis did not serve the call in time. Whether a write happened is unknown; repeating it is safe."""
 
 
 class ForeignReply(RedisUnavailable):
-    """A reply echoed another session or call: the connection pool was dropped before any of it was used."""
+    """A reply echoed another session or call. All connections were dropped, and nothing of the reply was used."""
 
 
 class CommandRefused(PersistenceError):
-    """Redis refuses a command for good: a key of another type, or a defect of a script."""
+    """Redis refuses the command for good: its key has another type, or a script has a defect."""
 
 
 class UnsuitableRedis(PersistenceError):
-    """The Redis server's version, eviction policy or recorded partition number rules it out."""
+    """The Redis server's version, eviction policy, recorded format or partition number rules it out."""
 
 
 class PostgresUnavailable(PersistenceError):
-    """Postgres could not serve the call in time."""
+    """Postgres did not serve the call in time."""
 
 
 class MigrationError(PersistenceError):
-    """The migrations on disk and those applied to the database do not agree."""
+    """The migrations on disk and those applied to the database disagree."""
 
 
 class Damaged(PersistenceError):
-    """Something stored is not what this version can read. Never treated as absent.
+    """This version cannot read something stored. Never treated as absent.
 
-    `where` names the key or row, `field` the part of it.
+    `where` names the key or row, `field` the part of it. The message quotes nothing of the value.
     """
 
     def __init__(self, where: str, field: str, detail: str) -> None:
@@ -42,13 +42,13 @@ class Damaged(PersistenceError):
 
 
 class NewerFormat(Damaged):
-    """Something stored has a format that only a later version reads. It is left as it is, for that version."""
+    """Something stored has a format that only a later version reads, and is left as it is for that version."""
 
 
 class DataRefused(PersistenceError):
-    """Postgres, or the driver before it, refuses the data itself: repeating the call cannot help.
+    """Postgres, or its driver, refuses the data itself: repeating the call cannot help.
 
-    `constraint` names the rule that was broken, where there is one. The message tells the kind of error, never the data.
+    `constraint` is the name of the violated constraint, if any. The message names the type of the error, never the data.
     """
 
     def __init__(self, detail: str, constraint: str = "") -> None:

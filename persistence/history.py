@@ -1,6 +1,6 @@
-"""Reads across Redis and Postgres without a seam: transcripts, lists of sessions, totals.
+"""Reads over both stores: transcripts, lists of sessions, totals.
 
-Redis is read first. A turn leaves Redis only after Postgres has it, so what the first reading missed the second one has.
+Redis is read first. A turn leaves Redis only after Postgres has it, so Postgres has whatever the first read missed.
 """
 
 from itertools import chain
@@ -12,13 +12,13 @@ from persistence.hydrator import Hydrator
 from persistence.model.session import Access, Session, StoredMessage, transcript
 from persistence.model.times import moment
 from persistence.postgres.postgres import Postgres, SessionFilter
-from persistence.redis.connection import gather_bounded
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
 from persistence.redis.outcomes import Absent, Hot, Refused
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
-from persistence.redis.turn_logs import EventLogs, Following
+from persistence.redis.turn_logs import Following, TurnLogs
+from persistence.tasks import gather_bounded
 
 ALL_TURNS = 1_000_000_000
 COUNTED_ONE_BY_ONE = 10_000
@@ -26,14 +26,14 @@ OPERATOR = Access(authorized=True, trusted=True)
 
 
 class MessagePage(msgspec.Struct):
-    """Messages oldest first; `next_before` is the cursor of the page before them, None at the beginning."""
+    """Messages, oldest first. `next_before` is the cursor of the page before them, None on the first page of the session."""
 
     messages: list[StoredMessage]
     next_before: int | None
 
 
 class ListedSession(msgspec.Struct):
-    """A session in a list, and whether it is in Redis."""
+    """A session in a list; `live` when it is in Redis."""
 
     session: Session
     live: bool
@@ -44,7 +44,7 @@ class ListedSession(msgspec.Struct):
 
 
 class Statistics(msgspec.Struct):
-    """Totals. `exact` is False when too many records wait for Postgres to be looked at one by one."""
+    """Totals. `exact` is False when more than COUNTED_ONE_BY_ONE records wait for Postgres: those are left out then."""
 
     total_sessions: int
     active_sessions: int
@@ -53,14 +53,14 @@ class Statistics(msgspec.Struct):
 
 
 class History:
-    """Reading for visitors (`load_session`, `load_messages`) and operators (`list_sessions`, `load_statistics`)."""
+    """Reads for visitors (`find_…`) and for operators (`list_sessions`, `load_statistics`)."""
 
     def __init__(
         self,
         scripts: Scripts,
         keys: Keys,
         store: SessionStore,
-        logs: EventLogs,
+        logs: TurnLogs,
         postgres: Postgres,
         hydrator: Hydrator,
         outbox: Outbox,
@@ -74,19 +74,20 @@ class History:
         self._outbox = outbox
 
     async def find_session(self, session_id: str, access: Access, turns: int = 0) -> Hot | Refused | None:
-        """A session with its newest hot turns; from Postgres it comes back into Redis first."""
+        """The session with its newest `turns` hot turns, hydrated first if need be. None: in neither store."""
         return await self._hydrator.with_session(session_id, lambda: self._store.read(session_id, access, turns))
 
     async def find_following(
         self, session_id: str, turn_id: str, access: Access, after: tuple[int, int] | None
     ) -> Following | Refused | None:
-        """A turn's events behind a cursor, and how it stands."""
+        """A turn's events behind the cursor `after` (fence, number), and its state. None: no store has the session."""
         return await self._hydrator.with_session(session_id, lambda: self._logs.follow(session_id, turn_id, access, after))
 
     async def find_messages(
         self, session_id: str, access: Access, before: int | None, limit: int
     ) -> MessagePage | Refused | None:
-        """The page of up to `limit` messages with numbers below `before` (None: the newest)."""
+        """Up to `limit` messages with numbers below `before` (None: the newest). Raises PostgresUnavailable when Redis has
+        none of them."""
         hot = await self.find_session(session_id, access, ALL_TURNS)
         if not isinstance(hot, Hot):
             return hot
@@ -100,7 +101,7 @@ class History:
             try:
                 older = await self._postgres.load_messages(hot.session.id, min(before, first_hot_seq), missing)
             except PostgresUnavailable:
-                # What Redis has is shown; the page before it is asked for when Postgres is back.
+                # Redis' part of the page will do; the client asks for the page before it when Postgres is back.
                 if not page:
                     raise
                 older = []
@@ -109,7 +110,8 @@ class History:
         return MessagePage(page, oldest if oldest > 1 else None)
 
     async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[ListedSession]:
-        """Live and stored sessions by last activity, newest first, from behind the position `after`."""
+        """Live and stored sessions by last activity, newest first, behind the position `after` (last_activity_at,
+        session_id). Raises PostgresUnavailable."""
         live = await self._live_sessions(which, after, limit)
         stored: list[ListedSession] = []
         position = after
@@ -126,7 +128,7 @@ class History:
     async def _live_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[ListedSession]:
         highest = "+inf"
         if after is not None:
-            # The zset's scores are rounded as the text is, so the position's own millisecond is looked at again.
+            # Scores are rounded to milliseconds as the text is, so the position's own millisecond is read again.
             highest = str(int(moment(after[0]).timestamp() * 1000))
         lists = await gather_bounded(
             self._live_of_partition(partition, which, after, highest, limit) for partition in range(self._keys.partitions)
@@ -150,18 +152,18 @@ class History:
         return found
 
     async def _find_live(self, session_id: str) -> Session | None:
-        """A session that is in Redis, as an operator sees it."""
+        """The session as an operator sees it, if it is in Redis."""
         hot = await self._store.read(session_id, OPERATOR)
         return hot.session if isinstance(hot, Hot) else None
 
     async def _is_in_redis(self, session_id: str) -> bool:
-        """Whether Redis knows the session: live, or erased and not yet so in Postgres."""
+        """Whether Redis has the session: live, or erased but not yet in Postgres."""
         return not isinstance(await self._store.read(session_id, OPERATOR), Absent)
 
     async def load_statistics(self, agent_id: str | None) -> Statistics:
-        """Totals over an agent's sessions (None: all), those included whose records wait for Postgres.
+        """Totals over an agent's sessions (None: all). Raises PostgresUnavailable.
 
-        Sessions with waiting records are counted from Redis, all others from Postgres.
+        Sessions with records on the outbox are counted from Redis, all others from Postgres.
         """
         waiting = await self._outbox.session_ids(COUNTED_ONE_BY_ONE)
         left_out = sorted(waiting or ())

@@ -1,7 +1,6 @@
-"""What has to be done from time to time: idle sessions time out, old ones are erased, turns of dead pods are let go,
-lists are trimmed.
+"""The worker's periodic jobs: time-outs, retention, reaping the turns of dead pods, trimming lists.
 
-Called by the worker. Everything here may run in several workers at once and be repeated.
+Each job may run in several workers at once, and may be repeated.
 """
 
 from datetime import datetime, timedelta
@@ -16,10 +15,10 @@ from persistence.hydrator import Hydrator
 from persistence.model.ids import masked
 from persistence.postgres.postgres import Postgres, Transaction
 from persistence.redis.agent_copies import AgentCopies
-from persistence.redis.connection import gather_bounded
 from persistence.redis.keys import Keys
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
+from persistence.tasks import gather_bounded
 
 log = structlog.get_logger()
 
@@ -32,7 +31,7 @@ TRIM_PARTITIONS = 4
 
 
 class Housekeeping:
-    """The jobs beside the flush. A session without activity for `session_timeout_s` is marked as timed out."""
+    """The jobs beside the flush. A session times out after `session_timeout_s` seconds without activity."""
 
     def __init__(
         self,
@@ -59,7 +58,7 @@ class Housekeeping:
         self._old_after: dict[UUID, tuple[datetime, str]] = {}
 
     async def run_once(self) -> int:
-        """One round; how much was done, so that the caller goes on at once while there is more."""
+        """One round; 1 when the next should follow at once because batches were full, else 0."""
         done = await self.reap() + await self.trim()
         if monotonic() >= self._timeouts_at:
             timed_out = await self.time_out()
@@ -74,7 +73,7 @@ class Housekeeping:
         return 1 if done >= TIMEOUTS_BATCH else 0
 
     async def reap(self) -> int:
-        """Lets go of turns whose lease ran out; how many."""
+        """Reaps turns whose lease expired; how many."""
         late = await gather_bounded(self._late(partition) for partition in range(self._keys.partitions))
         reaped = 0
         for session_id in chain.from_iterable(late):
@@ -85,13 +84,14 @@ class Housekeeping:
         return reaped
 
     async def _late(self, partition: int) -> list[str]:
-        # By this machine's clock only what to look at is chosen; the script decides by Redis' own.
+        # This machine's clock only chooses candidates; the script decides by Redis' clock.
         now_ms = int(time() * 1000)
         key = self._keys.running(partition)
         return [member.decode() for member in await self._scripts.command("ZRANGEBYSCORE", key, "-inf", now_ms + 1000)]
 
     async def trim(self) -> int:
-        """Looks at a part of some lists and takes off sessions that have left Redis, and logs that have; how many."""
+        """Scans the next part of some partitions' lists for sessions and turn logs that have left Redis; removes these
+        entries and returns their number."""
         trimmed = 0
         for _ in range(min(TRIM_PARTITIONS, self._keys.partitions)):
             partition = self._trimming
@@ -118,14 +118,14 @@ class Housekeeping:
         return int((await self._scripts.run(script, "", keys, {"session_ids": " ".join(session_ids)}))[1])
 
     async def time_out(self) -> int:
-        """Marks idle sessions as timed out, one worker at a time; how many were looked at.
+        """Times out idle sessions, one worker at a time; how many were looked at.
 
-        A round goes on where the one before it stopped, so that sessions which cannot time out do not keep others waiting.
+        A round resumes where the last one stopped, so that sessions that cannot time out do not hold up the others.
         """
         async with self._postgres.transaction(60) as lock:
             if not (await lock.fetch("try_lock_timeouts"))[0][0]:
                 return 0
-            # Within this transaction: another connection may not be had.
+            # Hydrates within this transaction: the pool may have no other connection.
             hydrator = Hydrator(self._store, lock, self._agents)
             idle = timedelta(seconds=self._session_timeout_s)
             rows = await lock.fetch("idle_sessions", idle, *(self._idle_after or (None, None)), TIMEOUTS_BATCH)
@@ -136,7 +136,7 @@ class Housekeeping:
         return len(rows)
 
     async def _time_out(self, hydrator: Hydrator, session_id: str) -> None:
-        # Through Redis, where the truth about the session is: it may be running a turn that Postgres has not heard of.
+        # Through Redis, which owns the session: it may run a turn that Postgres does not know of.
         idle_ms = int(self._session_timeout_s * 1000)
         try:
             if await hydrator.with_session(session_id, lambda: self._store.time_out(session_id, idle_ms)):
@@ -145,10 +145,10 @@ class Housekeeping:
             log.error("session.damaged", error=str(error))
 
     async def retain(self) -> int:
-        """Erases sessions that are older than their agent keeps them, one worker at a time; how many of the agent that had
-        most were looked at.
+        """Erases sessions idle for longer than their agent's `retention_days`, one worker at a time; the largest number
+        looked at for one agent.
 
-        As with timeouts a round goes on where the one before it stopped. What is erased leaves Postgres through the outbox.
+        A round resumes where the last one stopped, as with time-outs. Erased sessions leave Postgres through the outbox.
         """
         looked_at = [0]
         async with self._postgres.transaction(60) as lock:
@@ -174,7 +174,7 @@ class Housekeeping:
         return len(rows)
 
     async def _erase(self, hydrator: Hydrator, session_id: str, agent_id: str, kept_for: timedelta) -> bool:
-        # Through Redis, as whoever erases it by hand: what is queued goes too, and one that is live again stays.
+        # Through Redis, as when an operator erases it: its records on the outbox go too, and a session active again stays.
         idle_ms = int(kept_for.total_seconds() * 1000)
         try:
             return bool(

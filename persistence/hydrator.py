@@ -1,4 +1,4 @@
-"""Brings a session from Postgres back into Redis: the one case in which the chat path reads Postgres."""
+"""Hydration: a session comes back from Postgres into Redis, the one case in which the chat path reads Postgres."""
 
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
@@ -13,13 +13,14 @@ from persistence.redis.sessions import SessionStore
 
 Outcome = TypeVar("Outcome")
 
-ATTEMPTS = 5
+HYDRATIONS = 5
 
 _DEFAULT = AgentDefinition(graph="echo")
 
 
 class Hydrator:
-    """Reads from Postgres, or within one of its transactions; installs in Redis under the ticket given before that."""
+    """Hydrates sessions, under the ticket that Redis gave before Postgres was read: a pod that stalled in between cannot
+    install an old session over a newer one. `postgres` may be one of its transactions."""
 
     def __init__(self, store: SessionStore, postgres: Postgres | Transaction, agents: AgentCopies) -> None:
         self._store = store
@@ -27,9 +28,9 @@ class Hydrator:
         self._agents = agents
 
     async def hydrate(self, session_id: str, ticket: int) -> bool:
-        """Whether Postgres has the session. It is in Redis then, unless the ticket has gone stale: the caller asks again.
+        """Whether Postgres has the session. If so it is in Redis now, or the ticket was stale: either way, ask Redis again.
 
-        Raises PostgresUnavailable.
+        Raises PostgresUnavailable or RedisUnavailable.
         """
         header = await self._postgres.find_session(session_id)
         if header is None:
@@ -48,12 +49,12 @@ class Hydrator:
         operation: Callable[[], Awaitable[Outcome | Absent]],
         create: Callable[[int], Awaitable[object]] | None = None,
     ) -> Outcome | None:
-        """Runs an operation of the Redis layer on a session, which is hydrated as often as it has left Redis.
+        """Runs an operation of the Redis layer on a session, hydrating it whenever the operation finds it absent.
 
-        A session that is in neither store is made by `create`, which is given the ticket; without it the outcome is None.
-        Raises RedisUnavailable when the session leaves Redis again and again, and PostgresUnavailable.
+        A session in neither store goes to `create` with the ticket, and then the operation runs again; without `create` the
+        outcome is None. Raises PostgresUnavailable, or RedisUnavailable when the session was absent HYDRATIONS times.
         """
-        for _ in range(ATTEMPTS):
+        for _ in range(HYDRATIONS):
             outcome = await operation()
             if not isinstance(outcome, Absent):
                 return outcome
@@ -62,4 +63,4 @@ class Hydrator:
             if create is None:
                 return None
             await create(outcome.ticket)
-        raise RedisUnavailable(f"session {masked(session_id)} left Redis {ATTEMPTS} times while it was wanted")
+        raise RedisUnavailable(f"session {masked(session_id)} left Redis {HYDRATIONS} times during one call")

@@ -1,6 +1,6 @@
-"""The retry rule: how often, until when and after which pause something that may pass is tried again.
+"""The retry rule: how often, until when and after which pause a failed operation is tried again.
 
-Every loop that tries again asks `Attempts`; what may be tried again, and that repeating it is safe, its caller knows.
+Every loop that tries again asks `Attempts`. Which errors may pass, and that repeating the operation is safe, the loop knows.
 """
 
 import asyncio
@@ -23,8 +23,8 @@ class Backoff(msgspec.Struct, frozen=True):
     jitter: bool = False
 
     def pause_s(self, failures: int) -> float:
-        """The pause behind failure number `failures`, from 1."""
-        # Beyond some 60 doublings a float overflows; the longest pause is reached long before.
+        """The pause after failure number `failures`, from 1."""
+        # A float overflows beyond some 1,000 doublings; the longest pause is reached long before.
         longest_s = min(self.first_s * self.factor ** min(failures - 1, 60), self.most_s)
         return random.uniform(0, longest_s) if self.jitter else longest_s  # noqa: S311
 
@@ -39,7 +39,7 @@ class Attempts:
         self._deadline_s = deadline_s
 
     def next_pause_s(self, error: Exception) -> float:
-        """Counts a failed attempt; the pause before the next one. Raises `error` when there is none."""
+        """Counts a failed attempt; returns the pause before the next one. Raises `error` when there is none."""
         self.failures += 1
         pause_s = self._backoff.pause_s(self.failures)
         if self._limit is not None and self.failures > self._limit:
@@ -51,3 +51,7 @@ class Attempts:
     async def pause(self, error: Exception) -> None:
         """Counts a failed attempt and waits for the next one. Raises `error` when there is none."""
         await asyncio.sleep(self.next_pause_s(error))
+
+    def reset(self) -> None:
+        """Notes a success: the next failure counts as the first."""
+        self.failures = 0

@@ -1,7 +1,7 @@
-"""The write-behind worker: takes records off the outbox, puts them into Postgres, and only then lets go of them.
+"""The write-behind worker: takes records from the outbox, writes them to Postgres, and only then acknowledges them.
 
-Any number of workers run side by side. What always holds: a record is acknowledged after the transaction with it has
-been committed; flushing it again changes nothing; an error that is not the data's own leaves everything where it is.
+Any number of workers run side by side. What always holds: a record is acknowledged only after the transaction that wrote it
+was committed; flushing a record again changes nothing; an error that is not the data's own leaves the record on the outbox.
 """
 
 import asyncio
@@ -16,26 +16,28 @@ from persistence.housekeeping import Housekeeping
 from persistence.model.codec import decode_record
 from persistence.model.session import Record
 from persistence.postgres.postgres import Postgres
-from persistence.redis.connection import gather_bounded
 from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox, Taken
+from persistence.retry import Attempts, Backoff
+from persistence.tasks import gather_bounded
 
 log = structlog.get_logger()
 
 BATCH = 2000
-"""Records taken at once, and `PART` those of one transaction: larger ones would keep Redis from visitors for too long."""
+"""Records taken at once. More would keep Redis from visitors for too long, as would a larger PART."""
 PART = 500
+"""Records of one transaction."""
 IN_HAND = 3
-"""Batches of a partition that are on their way at once: the next ones are taken while Postgres works at one."""
+"""Batches of a partition in flight: the next are taken while Postgres writes the first."""
 FLUSH_EVERY_S = 0.2
-"""A flush begins not sooner after the one before, unless batches are full: a transaction costs the same for few records as
-for many, and a record waits a fifth of a second at most."""
+"""From one flush to the next while batches are not full. A transaction costs the same for few records as for many."""
 MAX_BACKOFF_S = 2.0
 FLUSH_TIMEOUT_S = 30.0
 CLAIM_EVERY_S = CLAIM_IDLE_MS / 1000 / 2
+DRAIN_BACKOFF = Backoff(0.2, 0.2)
 
 
 class Worker:
-    """One worker. `housekeep_s` is the pause between two rounds of housekeeping."""
+    """One worker; it does a round of housekeeping every `housekeep_s` seconds."""
 
     def __init__(self, outbox: Outbox, postgres: Postgres, housekeeping: Housekeeping, *, housekeep_s: float = 1.0) -> None:
         self._outbox = outbox
@@ -46,38 +48,38 @@ class Worker:
         self._claim_at = 0.0
 
     def stop(self) -> None:
-        """Asks the worker to end: it finishes the batch it has, flushes what is left, and returns."""
+        """Asks the worker to end: `run` returns after the batches in flight."""
         self._stopping.set()
 
     async def run(self) -> None:
-        """Works until stopped."""
+        """Flushes and keeps house until stopped."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._repeat("flush", self._flush_all, FLUSH_EVERY_S))
             tasks.create_task(self._repeat("housekeeping", self._housekeep, self._housekeep_s))
 
     async def drain(self, timeout_s: float) -> bool:
-        """Flushes until the outbox has nothing new or the time is over; whether it is empty."""
+        """Flushes until no records are left to take, for up to `timeout_s` seconds; whether it got there."""
         deadline = monotonic() + timeout_s
+        attempts = Attempts(DRAIN_BACKOFF)
         while monotonic() < deadline:
             try:
                 if await self._flush(lambda: monotonic() < deadline) == 0:
                     return True
             except (RedisUnavailable, PostgresUnavailable) as error:
                 log.warning("worker.drain_failed", error=str(error))
-                await asyncio.sleep(0.2)
+                await attempts.pause(error)
         return False
 
     async def _repeat(self, what: str, work: Callable[[], Awaitable[float]], every_s: float) -> None:
-        """Calls `work`, which says how long to pause after it, until the worker is stopped."""
-        backoff_s = every_s
+        """Calls `work`, which returns the seconds to pause after it, until the worker is stopped."""
+        attempts = Attempts(Backoff(every_s, MAX_BACKOFF_S))
         while not self._stopping.is_set():
             try:
                 pause_s = await work()
-                backoff_s = every_s
+                attempts.reset()
             except (RedisUnavailable, PostgresUnavailable) as error:
-                log.warning(f"worker.{what}_failed", error=str(error), retry_in_s=backoff_s)
-                pause_s = backoff_s
-                backoff_s = min(backoff_s * 2, MAX_BACKOFF_S)
+                pause_s = attempts.next_pause_s(error)
+                log.warning(f"worker.{what}_failed", error=str(error), retry_in_s=pause_s)
             except PersistenceError as error:
                 log.error(f"worker.{what}_failed", error=f"{type(error).__name__}: {error}", exc_info=True)
                 pause_s = MAX_BACKOFF_S
@@ -96,11 +98,11 @@ class Worker:
         return began + FLUSH_EVERY_S - monotonic()
 
     async def flush_once(self) -> int:
-        """Flushes up to one batch of each partition; how many records were dealt with."""
+        """Flushes up to one batch of each partition; the number of records taken."""
         return await self._flush(lambda: False)
 
     async def _flush(self, go_on: Callable[[], bool]) -> int:
-        """Flushes a batch of each partition, and further ones as long as they are full and `go_on` says so."""
+        """Flushes each partition, batch after batch while they are full and `go_on()`; the number of records taken."""
         claim = monotonic() >= self._claim_at
         if claim:
             self._claim_at = monotonic() + CLAIM_EVERY_S
@@ -112,14 +114,14 @@ class Worker:
         after, last = b"0", False
 
         async def work() -> int:
-            """Takes and flushes one batch after the other, until somebody has taken the last one or has met an error."""
+            """Takes and flushes batch after batch, until one of these loops has taken the last batch or failed."""
             nonlocal after, last
             done = 0
             while True:
                 async with taking:
                     if last:
                         return done
-                    last = True  # if this fails
+                    last = True  # in case `take` raises
                     taken = await self._outbox.take(partition, BATCH, claim=claim and after == b"0", after=after)
                     last = len(taken.entries) < BATCH or not go_on()
                     if taken.entries:
@@ -131,7 +133,7 @@ class Worker:
                     raise
                 done += len(taken.entries)
 
-        # All of them end before an error is raised: what is taken again is in no transaction any more.
+        # All loops end before an error is raised, so no record is taken again while a transaction still writes it.
         return sum(await gather_bounded(work() for _ in range(IN_HAND)))
 
     async def _flush_batch(self, partition: int, taken: Taken) -> None:
@@ -166,7 +168,8 @@ class Worker:
     async def _flush_side_by_side(self, partition: int, records: Sequence[Record]) -> tuple[int, int]:
         """Flushes records in transactions of about PART each, so that Redis, Postgres and this process work at once.
 
-        A session's records are in one of them: none waits for another. Returns how many were flushed and how many refused.
+        A session's records stay in one transaction, so none waits for another's lock. Returns the numbers of records flushed
+        and refused.
         """
         parts: list[list[Record]] = [[] for _ in range(ceil(len(records) / PART))]
         order: dict[str, int] = {}
@@ -176,11 +179,11 @@ class Worker:
         return sum(flushed for flushed, _ in outcomes), sum(refused for _, refused in outcomes)
 
     async def _flush_part(self, partition: int, records: Sequence[Record], *, again: bool = False) -> tuple[int, int]:
-        """Flushes records in one transaction; on an error of the data halves them until the bad ones stand alone.
+        """Flushes records in one transaction; bisects them on an error of the data until each bad record is alone.
 
-        One that stands alone is tried `again` before it is given up: when two workers insert the same new session at the
-        same moment, Postgres may refuse one of them for the unique key that ON CONFLICT does not name, and only then.
-        Returns how many were flushed and how many refused.
+        A record alone is flushed `again` before it becomes a dead letter: when two workers insert the same new session at
+        the same moment, Postgres may refuse one for the unique key that ON CONFLICT does not name. Returns the numbers of
+        records flushed and refused.
         """
         if not records:
             return 0, 0
@@ -203,7 +206,7 @@ class Worker:
         return len(records), 0
 
     async def _bury(self, partition: int, entry: bytes, fields: Sequence[bytes], reason: str) -> None:
-        """Puts a record that cannot be read on the dead stream."""
+        """Moves an unreadable record to the dead letters."""
         named = dict(zip(fields[::2], fields[1::2], strict=False))
         session_id = named.get(b"session_id", b"").decode(errors="replace")
         fact = named.get(b"fact", b"").decode(errors="replace")

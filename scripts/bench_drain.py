@@ -16,9 +16,9 @@ from gateway.settings import load_settings
 from persistence.model.agents import TurnPolicy
 from persistence.model.session import Access, Message, NewSession, Turn
 from persistence.model.times import iso
-from persistence.redis.connection import gather_bounded
 from persistence.redis.keys import GROUP
 from persistence.redis.outcomes import Begun
+from persistence.tasks import gather_bounded
 
 AGENT_ID = "01900000-0000-7000-8000-00000000be9c"
 VISITOR = Access(AGENT_ID, authorized=True)

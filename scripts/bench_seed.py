@@ -19,8 +19,8 @@ from gateway.settings import load_settings
 from persistence.model.agents import Agent, AgentDefinition, RateLimit
 from persistence.model.session import Access, Message, NewSession, Turn
 from persistence.model.times import iso
-from persistence.redis.connection import gather_bounded
 from persistence.redis.outcomes import Begun, Hot
+from persistence.tasks import gather_bounded
 
 QUESTION = ("Where is my order, and when will it be here? I have waited for a week. " * 3)[:200]
 PAST = ("It has left our house, and the parcel service says that it comes soon. " * 3)[:200]

@@ -129,9 +129,9 @@ async def test_the_development_server_answers_from_the_wheel_alone(installed: In
                     return False
 
             await wait_for(ready, "the server is ready", 120)
-            body = {"message": "Hello", "session_id": f"session_{int(monotonic() * 1000)}_wheel12345"}
-            body |= {"metadata": {"website_domain": "127.0.0.1"}}
-            answered = await client.post("/api/chat/demo/message", json=body)
+            session_id = f"session_{int(monotonic() * 1000)}_wheel12345"
+            said = {"message": "Hello", "session_id": session_id, "metadata": {"website_domain": "127.0.0.1"}}
+            answered = await client.post("/api/chat/demo/message", json=said)
             assert answered.json()["response"] == "You said: Hello"
             for path in ("/", "/widget.js", "/docs", "/openapi.json"):
                 assert (await client.get(path)).status_code == 200, path

@@ -28,7 +28,7 @@ from persistence.history import History
 from persistence.model.agents import Agent, IfBusy
 from persistence.model.ids import as_uuid, masked
 from persistence.model.session import Channel
-from persistence.redis.turn_logs import EventLogs
+from persistence.redis.turn_logs import TurnLogs
 
 
 class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -102,7 +102,7 @@ class ChatApi:
         runtime: AgentRuntime,
         streams: Streams,
         history: History,
-        logs: EventLogs,
+        logs: TurnLogs,
         gatekeeper: Gatekeeper,
         limiter: Limiter,
         open_streams: OpenStreams,

@@ -30,7 +30,6 @@ from gateway.problems import (
     IdentityRequired,
     InvalidField,
     Problem,
-    RedisDown,
     SessionErased,
     SessionNotFound,
     TokenRequired,
@@ -46,10 +45,8 @@ from persistence.model.ids import masked
 from persistence.model.session import Access, Channel, NewSession, Role, Session
 from persistence.model.times import iso_from
 from persistence.postgres.postgres import SessionFilter
-from persistence.redis.outcomes import Opened, Refused
+from persistence.redis.outcomes import Absent, Opened, Refused
 from persistence.redis.sessions import SessionStore
-
-OPEN_ATTEMPTS = 5
 
 
 class OpenBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -252,22 +249,31 @@ class SessionsApi:
         )
 
     async def _open(self, new: NewSession, access: Access, admission: Admission, *, may_create: bool) -> Opened:
-        ticket = 0
-        for _ in range(OPEN_ATTEMPTS):
+        """The session `new` describes: found in either store, or created. Raises SessionNotFound when it may not be created,
+        and the Problem of a refusal."""
+        unused_ticket = 0
+
+        async def allow_creation(ticket: int) -> None:
+            nonlocal unused_ticket
+            unused_ticket = ticket
+
+        async def open_once() -> Opened | Absent | Refused:
+            nonlocal unused_ticket
+            ticket, unused_ticket = unused_ticket, 0
             if new.minted or ticket:
                 admission.reserve_session()
-            outcome = await self._store.open(new, ticket=ticket, authorized=access.authorized, trusted=access.trusted)
-            if isinstance(outcome, Opened):
-                admission.session_created(outcome.created)
-                return outcome
-            if isinstance(outcome, Refused):
-                raise_refusal(outcome)
-            ticket = outcome.ticket
-            if await self._hydrator.hydrate(new.session_id, ticket):
-                ticket = 0
-            elif not may_create:
-                raise SessionNotFound
-        raise RedisDown("the session left Redis again and again", retry_after_s=1)
+            return await self._store.open(new, ticket=ticket, authorized=access.authorized, trusted=access.trusted)
+
+        # Opening creates the session itself once it has a ticket, so that it knows whether it did.
+        opened: Opened | Refused | None = await self._hydrator.with_session(
+            new.session_id, open_once, allow_creation if may_create else None
+        )
+        if opened is None:
+            raise SessionNotFound
+        if isinstance(opened, Refused):
+            raise_refusal(opened)
+        admission.session_created(opened.created)
+        return opened
 
     async def show(self, request: Request) -> Response:
         """GET /api/sessions/{session_id}"""

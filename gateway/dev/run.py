@@ -10,7 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from time import time
+from time import monotonic, time
 
 import msgspec
 
@@ -25,11 +25,13 @@ from gateway.settings import Settings, load_settings
 from persistence.errors import PostgresUnavailable
 from persistence.model.agents import AgentDefinition
 from persistence.postgres.migrate import load_migrations, migrate
+from persistence.retry import Attempts, Backoff
 from persistence.worker import Worker
 
 REDIS_PORT = 6390
 POSTGRES_PORT = 5490
 DRAIN_S = 10.0
+MIGRATE_S = 10.0
 DEMO = {"delay_ms": 700, "chunks": 14}
 """So that a newcomer sees the demo agent write."""
 
@@ -124,15 +126,13 @@ def _settings(options: DevOptions, variables: dict[str, str]) -> Settings:
 
 
 async def _migrate(stores: Stores) -> None:
-    deadline = time() + 10
+    attempts = Attempts(Backoff(0.2, 0.2), deadline_s=monotonic() + MIGRATE_S)
     while True:
         try:
             await migrate(stores.postgres, load_migrations())
             return
-        except PostgresUnavailable:
-            if time() > deadline:
-                raise
-            await asyncio.sleep(0.2)
+        except PostgresUnavailable as error:
+            await attempts.pause(error)
 
 
 @asynccontextmanager

@@ -17,8 +17,8 @@ import structlog
 from gateway.limits.buckets import RUNNING_LIFE_MS, AgentUsage, Bucket
 from persistence.errors import PersistenceError
 from persistence.model.agents import Agent, RateLimit
-from persistence.redis.connection import retrieve
-from persistence.redis.shared_limits import DayTold, Learned, Limits, RateTold, RunningTold, Told
+from persistence.redis.shared_limits import DayUpdate, LimitUpdate, RateUpdate, RunningUpdate, SharedLimits, SharedValue
+from persistence.tasks import retrieve
 
 log = structlog.get_logger()
 
@@ -42,7 +42,7 @@ class Charge(NamedTuple):
 class Ledger:
     """The buckets and the agents' usage of one pod. `failing_since_s` is when syncs began to fail (monotonic)."""
 
-    def __init__(self, shared: Limits, *, max_buckets: int = MAX_BUCKETS) -> None:
+    def __init__(self, shared: SharedLimits, *, max_buckets: int = MAX_BUCKETS) -> None:
         self.failing_since_s: float | None = None
         self._shared = shared
         self.max_buckets = max_buckets
@@ -160,13 +160,15 @@ class Ledger:
 
     async def _sync(self, buckets: Mapping[str, Bucket], usages: Mapping[str, AgentUsage]) -> None:
         turns, days = _take_pending(buckets, usages)
-        sent: dict[str, Told] = {key: RateTold(turns[key], bucket.interval_s * 1000) for key, bucket in buckets.items()}
+        sent: dict[str, LimitUpdate] = {
+            key: RateUpdate(turns[key], bucket.interval_s * 1000) for key, bucket in buckets.items()
+        }
         for agent_id, usage in usages.items():
-            sent[f"running:{agent_id}"] = RunningTold(self._pod, usage.running, RUNNING_LIFE_MS)
-            sent[f"day:{agent_id}"] = DayTold(days[agent_id])
+            sent[f"running:{agent_id}"] = RunningUpdate(self._pod, usage.running, RUNNING_LIFE_MS)
+            sent[f"day:{agent_id}"] = DayUpdate(days[agent_id])
         if not sent:
             return
-        received, error = await self._shared.tell(sent)
+        received, error = await self._shared.sync(sent)
         now = monotonic()
         self._note(error, now)
         for key, bucket in buckets.items():
@@ -201,7 +203,7 @@ def _take_pending(buckets: Mapping[str, Bucket], usages: Mapping[str, AgentUsage
     return turns, days
 
 
-def _sync_usage(usage: AgentUsage, sent_day: int, running: Learned | None, day: Learned | None, now: float) -> None:
+def _sync_usage(usage: AgentUsage, sent_day: int, running: SharedValue | None, day: SharedValue | None, now: float) -> None:
     """Takes over what came of an agent; turns of the day that were not sent are pending again."""
     if running is not None:
         usage.others, usage.synced_s = running.value, now

@@ -10,7 +10,7 @@ from gateway.streams.events import TERMINAL, answer_metadata, turn_started
 from persistence.errors import RedisUnavailable
 from persistence.model.session import Turn
 from persistence.redis.log_entries import Event, Part
-from persistence.redis.turn_logs import EventLogs
+from persistence.redis.turn_logs import TurnLogs
 
 _encode = msgspec.json.Encoder().encode
 
@@ -90,7 +90,7 @@ class TurnLog:
 class TurnWriter:
     """The log of a turn that this pod runs."""
 
-    def __init__(self, logs: EventLogs, session_id: str, turn_id: str, fence: int) -> None:
+    def __init__(self, logs: TurnLogs, session_id: str, turn_id: str, fence: int) -> None:
         self._logs = logs
         self._session_id = session_id
         self._turn_id = turn_id

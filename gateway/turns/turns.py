@@ -41,11 +41,11 @@ from persistence.errors import PersistenceError, RedisUnavailable
 from persistence.model.agents import Agent, TurnPolicy
 from persistence.model.session import Message, NewSession, Turn
 from persistence.model.times import iso
-from persistence.redis.connection import retrieve
 from persistence.redis.log_entries import Part
 from persistence.redis.outcomes import Absent, Begun, Busy, Opened, Queued, Refused, Replay
 from persistence.redis.sessions import SessionStore
-from persistence.redis.turn_logs import EventLogs, Following
+from persistence.redis.turn_logs import Following, TurnLogs
+from persistence.tasks import retrieve
 
 log = structlog.get_logger()
 
@@ -78,7 +78,7 @@ class Turns:
     def __init__(
         self,
         store: SessionStore,
-        logs: EventLogs,
+        logs: TurnLogs,
         streams: OwnsStreams,
         hydrator: Hydrates,
         run_graph: RunGraph,

@@ -1,4 +1,4 @@
-"""The copies of agent definitions in Redis."""
+"""Copies of agent definitions in Redis. Postgres owns them; a pod that has no copy loads it from there."""
 
 import msgspec
 
@@ -10,14 +10,14 @@ from persistence.redis.scripts import Scripts
 
 
 class AgentCopies:
-    """The copies of agent definitions in Redis: a hash under the id, and one under the name that points at it."""
+    """The copies in Redis: a hash under the agent's id, and under its name a hash that points at the id."""
 
     def __init__(self, scripts: Scripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
     async def find(self, reference: str) -> Agent | None:
-        """An agent by UUID or name, or None when Redis has no copy. Raises Damaged."""
+        """The agent by UUID or name; None when Redis has no copy. Raises Damaged."""
         agent_id = as_uuid(reference)
         if agent_id is None:
             pointer = await self._hash(reference)
@@ -44,7 +44,7 @@ class AgentCopies:
         return Agent(agent_id, name, decode_definition(raw, where))
 
     async def put(self, agent: Agent, old_name: str | None = None) -> None:
-        """Writes the copy of an agent."""
+        """Writes the copy; the pointer under `old_name` goes."""
         fields = ("id", agent.id, "name", agent.name, "definition", msgspec.json.encode(agent.definition))
         await self._scripts.command("HSET", self._keys.agent(agent.id), *fields)
         await self._scripts.command("HSET", self._keys.agent(agent.name), "id", agent.id)
@@ -52,7 +52,7 @@ class AgentCopies:
             await self._scripts.command("DEL", self._keys.agent(old_name))
 
     async def delete(self, agent: Agent) -> None:
-        """Removes the copy of an agent."""
+        """Removes the copy and its pointer."""
         await self._scripts.command("DEL", self._keys.agent(agent.id))
         await self._scripts.command("DEL", self._keys.agent(agent.name))
 

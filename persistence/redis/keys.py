@@ -24,7 +24,7 @@ gw:limit:{p}:running:<agent_id>    hash    5 s after its pods' last  lua/limit: 
                                            word
 gw:agent:<agent_id>                hash    permanent                 agents.py
 gw:agent:<name>                    hash    permanent                 agents.py (points at the agent's id)
-gw:meta                            hash    permanent                 connection.py
+gw:meta                            hash    permanent                 server_check.py
 
 `p` is `crc16(session_id) % partitions`; everything about one session shares its hash slot. A limit's is that of its name."""
 

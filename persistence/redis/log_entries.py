@@ -1,14 +1,15 @@
-"""The events of a turn's log, as they are stored: a stream whose entries hold some events each (lua/prelude)."""
+"""Log entries: the stored form of a turn log, a stream whose entries hold several events each (lua/append)."""
 
 import msgspec
 
 from persistence.redis.keys import Keys
 
 LOG_TTL_MS = 300_000
+"""Expiry of a turn log after its last entry: for so long a stream can be resumed."""
 
 
 class Event(msgspec.Struct, frozen=True):
-    """Event number `n` of a turn: its kind and its data as JSON."""
+    """Event number `n` of a turn, from 1: its kind, and its data as JSON."""
 
     n: int
     kind: str
@@ -16,9 +17,9 @@ class Event(msgspec.Struct, frozen=True):
 
 
 class Part(msgspec.Struct, frozen=True):
-    """Events on their way into a log that has those up to number `after`; those before `keep_from` may be dropped from it.
+    """Events to append to a log that ends at number `after`; entries before `keep_from` may be trimmed.
 
-    They need not follow on `after`: what was dropped here before it was stored is a gap in the log.
+    The first event need not be `after` + 1: events dropped before they were stored leave a gap in the log.
     """
 
     after: int
@@ -27,7 +28,7 @@ class Part(msgspec.Struct, frozen=True):
 
 
 def log_arguments(keys: Keys, session_id: str, part: Part | None) -> dict[str, str | int | bytes]:
-    """What commit, abort and append are told of a log; without a part, followers are woken and nothing is logged."""
+    """The arguments about the log for commit, abort and append. Without a part nothing is logged, but readers are woken."""
     channel = keys.channel(session_id)
     if part is None or not part.events:
         return {"channel": channel, "events": "", "after": 0, "first": 0, "last": 0, "keep_from": 0, "log_ttl_ms": 0}

@@ -1,6 +1,6 @@
-"""The outbox: records that are not in Postgres yet. Entries leave it only when flushed or dead-lettered.
+"""The outbox: records that are not in Postgres yet, a stream a partition. An entry leaves it when flushed or dead-lettered.
 
-Called by the worker, and by the gateway to tell how far behind Postgres is.
+The worker takes and acknowledges records; the gateway reads the backlog.
 """
 
 from collections.abc import Iterable, Sequence
@@ -9,23 +9,24 @@ from itertools import chain
 import msgspec
 
 from persistence.model.session import Record
-from persistence.redis.connection import gather_bounded
 from persistence.redis.keys import GROUP, Keys
 from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts
+from persistence.tasks import gather_bounded
 
 CLAIM_IDLE_MS = 10_000
+"""A worker that has not touched its pending records for so long is taken for dead, and another one claims them."""
 
 
 class Taken(msgspec.Struct):
-    """Entries as (id, [field, value, ...]), and ids that another consumer was given but that no longer exist."""
+    """Entries as (id, [field, value, ...]); `deleted` are ids of pending entries that no longer exist."""
 
     entries: list[tuple[bytes, list[bytes]]]
     deleted: list[bytes]
 
 
 class Backlog(msgspec.Struct):
-    """Records that wait for Postgres: how many, how many bytes of them, and for how long the oldest has waited."""
+    """Records on the outbox, their bytes, the age of the oldest in `lag_ms`, and the number of dead letters."""
 
     records: int
     bytes: int
@@ -45,7 +46,7 @@ class DeadLetter(msgspec.Struct):
 
 
 class Outbox:
-    """The outboxes of all partitions, as one consumer of the group sees them."""
+    """The outboxes of all partitions, for one `consumer` of the group."""
 
     def __init__(self, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
         self._scripts = scripts
@@ -54,8 +55,8 @@ class Outbox:
         self.partitions = range(keys.partitions)
 
     async def take(self, partition: int, count: int, *, claim: bool = False, after: bytes = b"0") -> Taken:
-        """Up to `count` records: this consumer's own pending ones behind the entry `after`; if none, new ones, with dead
-        workers' if `claim`."""
+        """Up to `count` records: this consumer's pending ones behind the entry `after`; if it has none, new ones, and with
+        `claim` those of dead workers. Raises RedisUnavailable."""
         outbox = self._keys.outbox(partition)
         arguments: dict[str, Argument] = {"group": GROUP, "consumer": self._consumer, "count": count, "after": after}
         claim_idle_ms = CLAIM_IDLE_MS if claim else 0
@@ -65,21 +66,21 @@ class Outbox:
 
         async def read(behind: bytes) -> list[tuple[bytes, list[bytes]]]:
             command = ("XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count, "STREAMS", outbox, behind)
-            # The script once more, for its echo: what it says then is of no interest.
+            # The script runs once more for its echo alone, which proves whose reply this is.
             streams = await self._scripts.read_and_run(command, "take", "", [outbox], {**arguments, "claim_idle_ms": 0})
-            # What is pending and was deleted comes without fields.
+            # A pending entry that was deleted comes without fields.
             return [(entry, _flat(fields)) for entry, fields in (streams[0][1] if streams else []) if fields]
 
         entries = await read(after) if where == "pending" else []
         return Taken(entries or await read(b">"), deleted)
 
     async def leave(self, partition: int, entries: Sequence[bytes]) -> None:
-        """Leaves records that were taken to whichever worker claims next; this one goes on with what is behind them."""
+        """Leaves taken records pending for the next worker that claims; this one goes on behind them."""
         outbox, ids = self._keys.outbox(partition), b" ".join(entries)
         await self._scripts.run("leave", "", [outbox], {"group": GROUP, "entries": ids, "idle_ms": CLAIM_IDLE_MS})
 
     async def mark_flushed(self, partition: int, records: Sequence[Record]) -> int:
-        """Notes that the records are in Postgres; how many were taken off the outbox by this call."""
+        """Acknowledges records that are in Postgres; the number that this call removed from the outbox."""
         session_ids = list(dict.fromkeys(record.session.session_id for record in records))
         index = {session_id: i + 1 for i, session_id in enumerate(session_ids)}
         tokens = " ".join(
@@ -90,17 +91,17 @@ class Outbox:
         return int(reply[1])
 
     def _outbox(self, partition: int) -> tuple[str, str]:
-        """An outbox and the counter of its bytes."""
+        """The keys of an outbox and of its byte counter."""
         return self._keys.outbox(partition), self._keys.outbox_bytes(partition)
 
     def _session_key(self, partition: int, session_id: str) -> str:
-        """The session's key; for an id that is damaged, or missing, one in the partition's own slot that never exists."""
+        """The session's key; for a damaged or missing id, a key of the partition's slot that never exists."""
         if self._keys.partition(session_id) == partition:
             return self._keys.session(session_id)
         return self._keys.outbox(partition).removesuffix("outbox") + "session:"
 
     async def dead_letter(self, partition: int, entry: str, session_id: str, fact: str, reason: str) -> bool:
-        """Moves a record aside, with the reason."""
+        """Moves a record to the dead letters with the reason; whether it was still on the outbox."""
         reply = await self._scripts.run(
             "dead_letter",
             session_id,
@@ -110,7 +111,7 @@ class Outbox:
         return bool(reply[0] == "moved")
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """The oldest dead letters of each partition."""
+        """The oldest dead letters, up to `limit` of each partition."""
         found = []
         for partition in self.partitions:
             for entry, fields in await self._range(self._keys.dead(partition), limit):
@@ -128,14 +129,14 @@ class Outbox:
         return found
 
     async def retry_dead(self, letter: DeadLetter) -> bool:
-        """Puts a dead letter back on the outbox; whether it was there."""
+        """Puts a dead letter back on the outbox; whether it still existed."""
         partition, session_id = letter.partition, letter.session_id
         keys = [*self._outbox(partition), self._keys.dead(partition), self._session_key(partition, session_id)]
         reply = await self._scripts.run("retry_dead", session_id, keys, {"dead_entry": letter.entry})
         return bool(reply[0] == "queued")
 
     async def session_ids(self, limit: int) -> set[str] | None:
-        """The sessions that have records waiting; None when there are more than `limit` records."""
+        """The sessions with records on the outbox; None when it has more than `limit` records."""
         found: set[str] = set()
         outboxes = [self._keys.outbox(partition) for partition in self.partitions]
         lists = await gather_bounded(self._range(outbox, limit + 1) for outbox in outboxes)
@@ -146,7 +147,7 @@ class Outbox:
         return found
 
     async def backlog(self, now_ms: int) -> Backlog:
-        """How far Postgres is behind, over all partitions."""
+        """How far Postgres is behind, over all partitions, at `now_ms` (Unix time)."""
         outboxes = [self._keys.outbox(partition) for partition in self.partitions]
         records = await gather_bounded(self._length(outbox) for outbox in outboxes)
         counted = await gather_bounded(self._bytes(partition) for partition in self.partitions)
@@ -168,7 +169,7 @@ class Outbox:
 
 
 def _flat(fields: list[bytes] | dict[bytes, bytes]) -> list[bytes]:
-    # redis-py's client of a cluster makes a dict of them.
+    # redis-py's client of a cluster returns a dict.
     return list(chain.from_iterable(fields.items())) if isinstance(fields, dict) else fields
 
 

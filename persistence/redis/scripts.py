@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from persistence.errors import CommandRefused, Damaged, ForeignReply
 from persistence.model.ids import masked
 from persistence.redis.connection import Client, drop_connections, refusal
-from persistence.redis.pool import Argument, Command, lines
+from persistence.redis.pool import Argument, Command, make_pool
 
 log = structlog.get_logger()
 
@@ -62,7 +62,7 @@ class Scripts:
         self._texts = script_texts()
         self._digests = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}  # noqa: S324
         self._orders = {name: _ORDER.findall(text)[2:] for name, text in self._texts.items()}
-        self._lines = lines(client, concurrency=concurrency)
+        self._pool = make_pool(client, concurrency=concurrency)
         self._nonce_head = token_hex(8)
         self._nonce_tail = count()
         self.foreign_replies = 0
@@ -180,11 +180,11 @@ class Scripts:
         for word, script in (("EVALSHA", self._digests[name]), ("EVAL", self._texts[name])):
             call, other = (word, script, key_count, *tail), None
             if before is not None:
-                other, reply = await self._lines.ask([before, call], timeout_s)
+                other, reply = await self._pool.execute([before, call], timeout_s)
             elif behind is not None:
-                reply, other = await self._lines.ask([call, behind], timeout_s)
+                reply, other = await self._pool.execute([call, behind], timeout_s)
             else:
-                (reply,) = await self._lines.ask([call], timeout_s)
+                (reply,) = await self._pool.execute([call], timeout_s)
             if not isinstance(reply, NoScriptError):
                 break
         return reply, other

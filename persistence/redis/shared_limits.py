@@ -1,7 +1,7 @@
-"""Limits that are not about one session: what all pods together have let through, as far as they have told.
+"""Limits that all pods share: per client address, agent and website domain. Pods sync their counters with Redis.
 
-Each limit is a key of its own, which goes by itself. Telling is not idempotent: when a reply is lost what was told may be
-told again, and a limit is charged for at most one step of its pod too much.
+Each limit is a key of its own, which expires by itself. A sync is not idempotent: after a lost reply it may be repeated, and
+then charges a limit for at most one step of that pod too much.
 """
 
 from collections import defaultdict
@@ -9,84 +9,84 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from persistence.errors import PersistenceError
-from persistence.redis.connection import gather_bounded
 from persistence.redis.keys import Keys
 from persistence.redis.scripts import Scripts
+from persistence.tasks import gather_bounded
 
-AT_ONCE = 500
-"""Limits told by one script: some two milliseconds of Redis' time."""
+BATCH = 500
+"""Limits synced by one script, which takes some two milliseconds of Redis' time."""
 
 
-class RateTold(NamedTuple):
-    """`cost` turns, each of which takes `interval_ms`; negative: given back."""
+class RateUpdate(NamedTuple):
+    """Turns charged since the last sync (negative: refunded); each takes `interval_ms` of the rate."""
 
-    cost: int
+    turns: int
     interval_ms: float
 
     def words(self) -> str:
-        return f"rate {self.cost} {self.interval_ms:.6f}"
+        return f"rate {self.turns} {self.interval_ms:.6f}"
 
 
-class DayTold(NamedTuple):
-    """`cost` turns of today; negative: given back."""
+class DayUpdate(NamedTuple):
+    """Turns of today since the last sync (negative: refunded)."""
 
-    cost: int
+    turns: int
 
     def words(self) -> str:
-        return f"day {self.cost}"
+        return f"day {self.turns}"
 
 
-class RunningTold(NamedTuple):
-    """`turns` run on `pod`; nobody counts them any more when it has said nothing for `life_ms`."""
+class RunningUpdate(NamedTuple):
+    """Turns that run on `pod` now; they stop counting when it does not sync for `expiry_ms`."""
 
     pod: str
     turns: int
-    life_ms: int
+    expiry_ms: int
 
     def words(self) -> str:
-        return f"running {self.pod} {self.turns} {self.life_ms}"
+        return f"running {self.pod} {self.turns} {self.expiry_ms}"
 
 
-Told = RateTold | DayTold | RunningTold
+LimitUpdate = RateUpdate | DayUpdate | RunningUpdate
 
 
-class Learned(NamedTuple):
-    """What all pods have: of a rate the ms that it is charged beyond now; of a day its turns, and the ms until midnight
-    (UTC); of running turns those of other pods."""
+class SharedValue(NamedTuple):
+    """A limit over all pods. Rate: milliseconds that it is charged beyond now. Day: its turns, and `left_ms` until midnight
+    UTC. Running: turns on the other pods."""
 
     value: int
     left_ms: int
 
 
-class Limits:
-    """The shared limits in Redis."""
+class SharedLimits:
+    """The shared limits in Redis, by name (`address:…`, `agent:…`, `day:…`, see `keys.py`)."""
 
     def __init__(self, scripts: Scripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
-    async def tell(self, told: Mapping[str, Told]) -> tuple[dict[str, Learned], PersistenceError | None]:
-        """Tells what was let through, by name of the limit, and learns what all pods have: one round trip.
+    async def sync(self, updates: Mapping[str, LimitUpdate]) -> tuple[dict[str, SharedValue], PersistenceError | None]:
+        """Applies the updates and returns the new values, by name of the limit: one round trip.
 
-        More than 500 limits, or those of several partitions, are as many calls side by side. Returns what was learned, and
-        an error if not all of it could be told.
+        More than BATCH limits, or limits of several partitions, are as many calls side by side. With an error, values are
+        missing for the limits that could not be synced.
         """
         by_partition: defaultdict[int, list[str]] = defaultdict(list)
-        for name in told:
+        for name in updates:
             by_partition[self._keys.partition(name)].append(name)
-        groups = [names[i : i + AT_ONCE] for names in by_partition.values() for i in range(0, len(names), AT_ONCE)]
-        learned: dict[str, Learned] = {}
+        batches = [names[i : i + BATCH] for names in by_partition.values() for i in range(0, len(names), BATCH)]
+        values: dict[str, SharedValue] = {}
         failures: list[PersistenceError] = []
 
-        async def tell(group: list[str]) -> None:
-            arguments = {str(number): told[name].words() for number, name in enumerate(group, 1)}
-            keys = [self._keys.limit(name) for name in group]
+        async def sync_batch(batch: list[str]) -> None:
+            arguments = {str(number): updates[name].words() for number, name in enumerate(batch, 1)}
+            keys = [self._keys.limit(name) for name in batch]
             try:
                 _, *replies = await self._scripts.run("limit", "", keys, arguments)
             except PersistenceError as error:
                 failures.append(error)
                 return
-            learned.update((name, Learned(*reply)) for name, reply in zip(group, replies, strict=True))
+            values.update((name, SharedValue(*reply)) for name, reply in zip(batch, replies, strict=True))
 
-        await gather_bounded(map(tell, groups))
-        return learned, failures[0] if failures else None
+        await gather_bounded(map(sync_batch, batches))
+        return values, failures[0] if failures else None

@@ -1,7 +1,7 @@
-"""The logs of streamed turns, and the wake-ups that tell readers on other pods of something new.
+"""Turn logs: the events of streamed turns, kept for minutes so that a stream can be resumed on any pod.
 
-A log is what a turn has streamed so far, for minutes. What is published carries no data, only the id of the turn that has
-something new: a wake-up that is lost costs time, never an event, for readers look again by themselves."""
+Each append publishes a wake-up for readers on other pods (`wakeups.py`), in the same script.
+"""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ _decoder = msgspec.json.Decoder(list[tuple[str, msgspec.Raw]])
 
 
 class Following(msgspec.Struct):
-    """A log behind a cursor, and how its turn stands: running (`lease_left_ms`), committed (`turn`, `session`) or gone."""
+    """The events behind a cursor, and the turn's state: running (`lease_left_ms`), committed (`turn`, `session`) or gone."""
 
     fence: int
     events: list[Event]
@@ -34,15 +34,16 @@ class Following(msgspec.Struct):
         return self.lease_left_ms is not None
 
 
-class EventLogs:
-    """The logs in Redis."""
+class TurnLogs:
+    """The turn logs in Redis."""
 
     def __init__(self, scripts: Scripts, keys: Keys) -> None:
         self._scripts = scripts
         self._keys = keys
 
     async def append(self, session_id: str, turn_id: str, fence: int, part: Part) -> int | None:
-        """Appends events; the number of the last event stored, which is lower when Redis lost some; None: turn is lost."""
+        """Appends events to the log of a running turn; returns the number of the last event stored, which is below
+        `part.after` if Redis lost some. None: the turn was lost. Raises RedisUnavailable."""
         head = self._keys.head(session_id)
         keys = [self._keys.session(session_id), f"{head}logs", self._keys.events(session_id, turn_id)]
         arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
@@ -55,7 +56,7 @@ class EventLogs:
                 return None
 
     async def cancel(self, session_id: str, turn_id: str, access: Access) -> bool | Refused:
-        """Cancels a running turn; False when it does not run any more."""
+        """Cancels a running turn; False when it no longer runs."""
         head = self._keys.head(session_id)
         keys = [self._keys.session(session_id), f"{head}running", f"{head}logs", self._keys.events(session_id, turn_id)]
         arguments = {
@@ -71,7 +72,7 @@ class EventLogs:
     async def follow(
         self, session_id: str, turn_id: str, access: Access, after: tuple[int, int] | None = None
     ) -> Following | Absent | Refused:
-        """A turn's events behind the entry whose last event is `after` (fence, number), and how the turn stands."""
+        """The events behind the log entry that ends with `after` (fence, number), and the turn's state. Raises Damaged."""
         head = self._keys.head(session_id)
         keys = [
             self._keys.session(session_id),
@@ -107,7 +108,7 @@ def _reason(word: str) -> Reason:
 
 
 def _events(entries: list[Any], where: str) -> tuple[int, list[Event]]:
-    """The fence and the events of log entries. Raises Damaged."""
+    """The fence and the events of entries as Redis returns them. Raises Damaged."""
     fence, events = 0, []
     for entry, fields in entries:
         try:

@@ -1,6 +1,8 @@
-"""Wake-ups: one subscription per pod."""
+"""Wake-ups: Redis tells a pod over one subscription that a session or turn log has changed.
 
-import asyncio
+They carry no data: a lost wake-up costs time, never an event, because readers also look again by themselves.
+"""
+
 from collections.abc import Callable
 from typing import Any
 
@@ -10,14 +12,19 @@ from redis.exceptions import RedisError
 
 from persistence.redis.connection import Client
 from persistence.redis.keys import Keys
+from persistence.retry import Attempts, Backoff
 
 log = structlog.get_logger()
+
+BACKOFF = Backoff(0.2, 0.2)
+READ_TIMEOUT_S = 10
+"""A subscription that was silent for so long is asked with PING whether it is still connected."""
 
 Callback = Callable[[str], None]
 
 
 class WakeUps:
-    """One subscription connection per pod, whatever it serves. `run` keeps it going."""
+    """The wake-ups of a pod, all over one connection, which `run` keeps open."""
 
     def __init__(self, client: Client, keys: Keys) -> None:
         self._client = client
@@ -26,14 +33,14 @@ class WakeUps:
         self._pubsub: Any = None
 
     async def subscribe(self, channel: str, callback: Callback) -> None:
-        """Calls `callback` with what is published, and with '' whenever something may have been missed."""
+        """Calls `callback` with each message on the channel, and with '' whenever messages may have been missed."""
         callbacks = self._callbacks.setdefault(channel, [])
         callbacks.append(callback)
         if len(callbacks) == 1 and self._pubsub is not None:
             try:
                 await self._pubsub.subscribe(channel)
             except (OSError, RedisError) as error:
-                # The loop that reads meets the same fault, connects anew and subscribes to everything.
+                # `run` meets the same fault, connects anew and subscribes to every channel.
                 log.warning("wakeups.subscribe_failed", error=str(error))
 
     async def unsubscribe(self, channel: str, callback: Callback) -> None:
@@ -49,35 +56,36 @@ class WakeUps:
                     log.warning("wakeups.unsubscribe_failed", error=str(error))
 
     async def run(self, on_control: Callback) -> None:
-        """Reads until cancelled; connects again after every fault."""
+        """Receives until cancelled, reconnecting after every fault. `on_control` gets the control channel's messages."""
         await self.subscribe(self._control, on_control)
+        attempts = Attempts(BACKOFF)
         while True:
             try:
                 await self._read()
             except Exception as error:
-                # Of any kind: redis-py takes apart whatever comes, and what is no message ends in whatever error it may.
+                # Of any type: redis-py parses stray bytes as a message, and fails on them in any way.
                 log.warning("wakeups.failed", error=type(error).__name__)
-                await asyncio.sleep(0.2)
+                await attempts.pause(error)
 
     async def _read(self) -> None:
-        # On Redis Cluster any node will do: what is published on one is heard on all.
+        # On Redis Cluster any node will do: a message is passed on to all of them.
         if isinstance(self._client, RedisCluster):
             await self._client.initialize()
         pubsub = self._client.pubsub()
         try:
             channels = set(self._callbacks)
             await pubsub.subscribe(*channels)
-            # Known to others only now: two first subscriptions at once would take two connections, one of them unread.
+            # `subscribe` sees it only now: two first subscriptions at once would take two connections, one never read.
             self._pubsub = pubsub
             if late := self._callbacks.keys() - channels:
                 await pubsub.subscribe(*late)
             while True:
-                message = await pubsub.get_message(timeout=10)
+                message = await pubsub.get_message(timeout=READ_TIMEOUT_S)
                 if message is None:
                     await pubsub.ping()
                     continue
                 if message["type"] in ("subscribe", "message"):
-                    # A (re)subscription tells that something may have been missed before it.
+                    # Messages before a (re)subscription may have been missed.
                     text = message["data"].decode() if message["type"] == "message" else ""
                     for callback in list(self._callbacks.get(message["channel"].decode(), ())):
                         callback(text)

@@ -133,7 +133,7 @@ CONTROLS = {
         {"foreign"},
     ),
     "Redis may evict anything": Control(
-        [Edit("persistence/redis/connection.py", 'if policy.startswith("allkeys"):', "if False:"), LATE],
+        [Edit("persistence/redis/server_check.py", 'if policy.startswith("allkeys"):', "if False:"), LATE],
         ("redis-full-evicting",),
         {"lost", "out_of_order", "left_over"},
         eviction="allkeys-lru",

@@ -27,7 +27,7 @@ from gateway.settings import Settings
 from persistence.model.agents import Agent, AgentDefinition, RateLimit
 from persistence.redis.connection import connect
 from persistence.redis.scripts import Scripts
-from persistence.redis.shared_limits import Limits, RateTold
+from persistence.redis.shared_limits import RateUpdate, SharedLimits
 from tests.conftest import PutAgent
 from tests.support.pods import ServedPod, gated_pod
 from tests.support.serving import ADMIN, served, wait_for
@@ -41,7 +41,9 @@ AGENT_ID = "01900000-0000-7000-8000-00000000a9e1"
 class LimiterOfAPod(Limiter):
     """The limiter of a pod of its own, with its parts."""
 
-    def __init__(self, shared: Limits, *, mode: Mode = "enforce", max_buckets: int = MAX_BUCKETS, **options: Any) -> None:
+    def __init__(
+        self, shared: SharedLimits, *, mode: Mode = "enforce", max_buckets: int = MAX_BUCKETS, **options: Any
+    ) -> None:
         self.shared, self.metrics = shared, Metrics()
         self.ledger = Ledger(shared, max_buckets=max_buckets)
         super().__init__(self.ledger, Refusals(self.metrics, mode), **options)
@@ -60,7 +62,7 @@ class LimiterOfAPod(Limiter):
 def limiter(stores: Stores, messages: int = 0, per_s: int = 600, **options: Any) -> LimiterOfAPod:
     """A limiter as a pod of its own has it; `messages` per address."""
     address = RateLimit(messages, per_s) if messages else None
-    return LimiterOfAPod(Limits(stores.scripts, stores.keys), address=address, **options)
+    return LimiterOfAPod(SharedLimits(stores.scripts, stores.keys), address=address, **options)
 
 
 def agent_with(**limits: Any) -> Agent:
@@ -143,7 +145,7 @@ async def test_a_refused_turn_costs_nothing(stores: Stores) -> None:
     await one.sync()
     # Charged for four turns and not a thousand: within one limit's time there is room again.
     await wait_for(lambda: admitted(one, 1), "room for the next turn", 10)
-    learned, _ = await Limits(stores.scripts, stores.keys).tell({f"address:{ADDRESS}": RateTold(0, 500)})
+    learned, _ = await SharedLimits(stores.scripts, stores.keys).sync({f"address:{ADDRESS}": RateUpdate(0, 500)})
     assert learned[f"address:{ADDRESS}"].value <= 2000
 
 
@@ -267,7 +269,7 @@ async def test_what_is_given_back_is_there_on_every_pod(stores: Stores) -> None:
     assert admitted(other, 1) == 0
     given_back.close("refused")
     await one.sync()
-    learned, _ = await Limits(stores.scripts, stores.keys).tell({f"address:{ADDRESS}": RateTold(0, 300_000)})
+    learned, _ = await SharedLimits(stores.scripts, stores.keys).sync({f"address:{ADDRESS}": RateUpdate(0, 300_000)})
     assert 590_000 < learned[f"address:{ADDRESS}"].value <= 600_000
 
 
@@ -362,7 +364,7 @@ async def test_who_was_forgotten_in_a_flood_is_learned_anew(stores: Stores) -> N
 
 async def test_without_redis_a_pod_goes_on_with_what_it_knows(stores: Stores) -> None:
     away = connect(f"redis://{HOST}:{free_port()}/0")
-    one = LimiterOfAPod(Limits(Scripts(away), stores.keys), address=RateLimit(3, 600))
+    one = LimiterOfAPod(SharedLimits(Scripts(away), stores.keys), address=RateLimit(3, 600))
     assert admitted(one, 2) == 2
     await one.sync()
     assert admitted(one, 5) == 1
@@ -376,7 +378,7 @@ async def test_a_redis_that_goes_away_is_met_as_it_is_set(stores: Stores, tmp_pa
     """A real one, stopped and started again; what was let through meanwhile is told afterwards."""
     with RedisServer(tmp_path, free_port()) as server:
         client = connect(server.url)
-        other = Limits(Scripts(client), stores.keys)
+        other = SharedLimits(Scripts(client), stores.keys)
         one = LimiterOfAPod(other, address=RateLimit(50, 600), refuse_on_failure=policy == "refuse", failed_s=0.2)
         assert admitted(one, 1) == 1
         await one.sync()
@@ -402,7 +404,7 @@ async def test_a_redis_that_goes_away_is_met_as_it_is_set(stores: Stores, tmp_pa
         await wait_for(mended, "the pod is in step again")
         assert admitted(one, 1) == 1
         await one.sync()
-        learned, _ = await other.tell({f"address:{ADDRESS}": RateTold(0, 12_000)})
+        learned, _ = await other.sync({f"address:{ADDRESS}": RateUpdate(0, 12_000)})
         # Three turns of 12 s. The one whose fate was unknown may have been told twice, never not at all.
         assert 30_000 < learned[f"address:{ADDRESS}"].value <= 48_000
         await client.aclose()
@@ -557,13 +559,13 @@ async def test_turns_that_are_being_told_are_among_those_of_the_day(stores: Stor
     agent = agent_with(turns_per_day=3)
     await one.prepare(agent)
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 2) == 2
-    heard, tell = asyncio.Event(), one.shared.tell
+    heard, tell = asyncio.Event(), one.shared.sync
 
     async def tell_slowly(told: Any) -> Any:
         await heard.wait()
         return await tell(told)
 
-    monkeypatch.setattr(one.shared, "tell", tell_slowly)
+    monkeypatch.setattr(one.shared, "sync", tell_slowly)
     telling = asyncio.create_task(one.sync())
     await asyncio.sleep(0)
     assert count(lambda: one.admit_turn(agent, ADDRESS, ""), 9) == 1

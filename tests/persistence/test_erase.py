@@ -16,11 +16,11 @@ from persistence.errors import PersistenceError
 from persistence.model.session import Access, Message, Turn
 from persistence.model.times import iso
 from persistence.postgres.postgres import Transaction
-from persistence.redis.connection import gather_bounded
 from persistence.redis.keys import GROUP
 from persistence.redis.log_entries import Event, Part
 from persistence.redis.outbox import CLAIM_IDLE_MS
 from persistence.redis.outcomes import Absent, Begun, Refused
+from persistence.tasks import gather_bounded
 from persistence.worker import Worker
 from tests.support.layer import new_turn
 from tests.support.rule import all_keys

@@ -11,11 +11,12 @@ from persistence.model.agents import TurnPolicy
 from persistence.model.codec import decode_record
 from persistence.model.session import Access, ChatMessage, Message, NewSession, Record, Session, Turn
 from persistence.model.times import iso
-from persistence.redis.connection import Client, check_server, connect
+from persistence.redis.connection import Client, connect
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
 from persistence.redis.outcomes import Absent, Begun, Committed, Hot, Opened
 from persistence.redis.scripts import Scripts
+from persistence.redis.server_check import check_server
 from persistence.redis.sessions import SessionStore
 from tests.support.rule import all_keys, breaches
 

@@ -8,7 +8,7 @@ from redis.asyncio.cluster import ClusterNode
 
 from persistence.redis.connection import connect
 from persistence.redis.keys import Keys
-from persistence.redis.pool import Argument, HeldLines
+from persistence.redis.pool import Argument, HeldPool
 from persistence.redis.scripts import Scripts, script_texts
 from tests.support.serving import wait_for
 
@@ -35,8 +35,8 @@ async def leave_reply(
         if scripts is None:
             await client.connection_pool.release(connection)
         else:
-            assert isinstance(scripts._lines, HeldLines)
-            scripts._lines._idle.append(connection)
+            assert isinstance(scripts._pool, HeldPool)
+            scripts._pool._idle.append(connection)
         return [socket]
     nodes = list(client.get_primaries())
     if command[2] != 0:

@@ -19,7 +19,7 @@ from persistence import worker as worker_module
 from persistence.errors import UnsuitableRedis
 from persistence.model.agents import AgentDefinition, decode_definition
 from persistence.model.codec import decode_record
-from persistence.redis.connection import check_server
+from persistence.redis.server_check import check_server
 from persistence.worker import Worker
 from tests.support.pods import fields_of
 from tests.support.serving import wait_for

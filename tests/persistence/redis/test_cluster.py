@@ -25,7 +25,7 @@ from persistence.model.times import iso
 from persistence.postgres.postgres import SessionFilter
 from persistence.redis.outcomes import Begun
 from persistence.redis.scripts import script_texts
-from persistence.redis.shared_limits import DayTold, Limits, RateTold, RunningTold, Told
+from persistence.redis.shared_limits import DayUpdate, LimitUpdate, RateUpdate, RunningUpdate, SharedLimits
 from persistence.worker import Worker
 from tests.conftest import TABLES
 from tests.support.layer import ACCESS, AGENT_ID, POLICY, Layer, new_id, new_turn
@@ -451,14 +451,14 @@ async def test_a_node_that_dies_takes_only_its_own_sessions_along(
 
 
 async def test_limits_of_all_slots_are_told_side_by_side(layer: Layer) -> None:
-    limits = Limits(layer.scripts, layer.keys)
+    limits = SharedLimits(layer.scripts, layer.keys)
     names = [f"address:2001:db8:{number:x}::/64" for number in range(300)]
-    told: dict[str, Told] = {name: RateTold(2, 1000) for name in names}
-    told |= {"day:an-agent": DayTold(3), "running:an-agent": RunningTold("one", 4, 5000)}
-    learned, error = await limits.tell(told)
+    told: dict[str, LimitUpdate] = {name: RateUpdate(2, 1000) for name in names}
+    told |= {"day:an-agent": DayUpdate(3), "running:an-agent": RunningUpdate("one", 4, 5000)}
+    learned, error = await limits.sync(told)
     assert error is None
     assert {learned[name].value for name in names} == {2000}
-    learned, error = await limits.tell({"day:an-agent": DayTold(1), "running:an-agent": RunningTold("two", 1, 5000)})
+    learned, error = await limits.sync({"day:an-agent": DayUpdate(1), "running:an-agent": RunningUpdate("two", 1, 5000)})
     assert (learned["day:an-agent"].value, learned["running:an-agent"].value) == (4, 4)
     assert len({layer.keys.partition(name) for name in names}) > 100
 

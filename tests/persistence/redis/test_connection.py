@@ -1,7 +1,5 @@
 """Which Redis the gateway connects to, and which it refuses to run on."""
 
-import asyncio
-import gc
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,10 @@ from gateway.dev.servers import redis as redis_module
 from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.redis import RedisServer
 from persistence.errors import RedisUnavailable, UnsuitableRedis
-from persistence.redis.connection import (
-    RETRIES,
-    Client,
-    _check_version,
-    call,
-    check_server,
-    connect,
-    default_partitions,
-    gather_bounded,
-    is_cluster,
-)
+from persistence.redis.connection import RETRIES, Client, call, connect
 from persistence.redis.keys import Keys
+from persistence.redis.server_check import check_server, check_version
+from persistence.redis.urls import default_partitions, is_cluster
 
 
 @pytest.fixture
@@ -247,7 +237,7 @@ async def test_a_cluster_is_found_through_a_node_that_is_up(cluster: redis_modul
     ],
 )
 def test_these_versions_work(info: dict[str, Any]) -> None:
-    _check_version(info)
+    check_version(info)
 
 
 @pytest.mark.parametrize(
@@ -264,57 +254,10 @@ def test_these_versions_work(info: dict[str, Any]) -> None:
 )
 def test_these_versions_are_too_old(info: dict[str, Any], named: str) -> None:
     with pytest.raises(UnsuitableRedis, match=f"{named} is too old"):
-        _check_version(info)
+        check_version(info)
 
 
-# ------------------------------------------------------------------------------------------------------------- side by side
-
-
-async def test_work_side_by_side_is_bounded_and_keeps_its_order() -> None:
-    running = most = 0
-
-    async def work(number: int) -> int:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        for _ in range(3):
-            await asyncio.sleep(0)  # lets the others run
-        running -= 1
-        return number
-
-    assert await gather_bounded((work(number) for number in range(100)), at_once=4) == list(range(100))
-    assert most == 4
-
-
-async def test_work_side_by_side_ends_before_its_error_is_raised() -> None:
-    ended = []
-
-    async def work(number: int) -> None:
-        for _ in range(number):
-            await asyncio.sleep(0)
-        ended.append(number)
-        if number == 0:
-            raise ValueError("the first of all")
-
-    with pytest.raises(ValueError, match="the first of all"):
-        await gather_bounded((work(number) for number in range(5)), at_once=2)
-    assert ended == [0, 1, 2, 3, 4]
-
-
-# A coroutine that nobody awaits would warn, and a warning fails the test.
-async def test_work_side_by_side_that_is_cancelled_leaves_nothing_behind() -> None:
-    begun = asyncio.Event()
-
-    async def work() -> None:
-        begun.set()
-        await asyncio.Event().wait()
-
-    working = asyncio.ensure_future(gather_bounded((work() for _ in range(5)), at_once=1))  # noqa: RUF006
-    await begun.wait()
-    working.cancel()
-    await asyncio.wait({working})
-    assert working.cancelled()
-    gc.collect()
+# ---------------------------------------------------------------------------------------------------------------- errors
 
 
 @pytest.mark.parametrize(

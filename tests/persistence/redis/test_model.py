@@ -25,7 +25,7 @@ from persistence.redis.keys import Keys
 from persistence.redis.outbox import DeadLetter
 from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Opened, Refused, Replay
 from persistence.redis.scripts import Scripts
-from persistence.redis.turn_logs import EventLogs
+from persistence.redis.turn_logs import TurnLogs
 from tests.support.layer import ACCESS, Layer, chat_messages, new_id, new_session, new_turn
 from tests.support.rule import miscounts
 
@@ -96,7 +96,7 @@ class Machine(RuleBasedStateMachine):
         super().__init__()
         self.runner = asyncio.Runner()
         self.layer = self.run(self.start())
-        self.logs = EventLogs(self.layer.scripts, self.layer.keys)
+        self.logs = TurnLogs(self.layer.scripts, self.layer.keys)
         self.tables = Tables()
         self.expected = [Expected(new_id()), Expected(new_id())]
         self.taken: list[Record] = []

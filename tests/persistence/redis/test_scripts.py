@@ -18,10 +18,10 @@ from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.redis import RedisServer
 from persistence.errors import CommandRefused, ForeignReply, PersistenceError, RedisUnavailable
 from persistence.model.session import Session
-from persistence.redis.connection import _options, call, connect
+from persistence.redis.connection import call, connect, connection_options
 from persistence.redis.keys import Keys
 from persistence.redis.outcomes import Committed, Hot, Opened
-from persistence.redis.pool import HeldLines
+from persistence.redis.pool import HeldPool
 from persistence.redis.scripts import Scripts, script_texts
 from persistence.redis.sessions import SessionStore
 from tests.support.layer import ACCESS, OPERATOR, POLICY, Layer, new_id, new_session, new_turn, redis_layer
@@ -218,7 +218,7 @@ async def test_a_connection_with_an_unread_reply_is_not_used(layer: Layer) -> No
 
 
 async def resp3(layer: Layer, redis_server: RedisServer, kind: type[Scripts]) -> Layer:
-    client = Redis.from_url(redis_server.url, **(_options() | {"protocol": 3}))
+    client = Redis.from_url(redis_server.url, **(connection_options() | {"protocol": 3}))
     await client.ping()
     return Layer(client, layer.keys, kind(client))
 
@@ -512,8 +512,8 @@ async def test_more_calls_than_connections_wait_for_each_other(layer: Layer) -> 
     assert isinstance(client, Redis)
     found = await asyncio.gather(*(read(layer, ids[number % 10]) for number in range(500)))
     assert [tells(session) for session in found] == [ids[number % 10] for number in range(500)]
-    assert isinstance(layer.scripts._lines, HeldLines)
-    assert len(layer.scripts._lines._idle) <= 64
+    assert isinstance(layer.scripts._pool, HeldPool)
+    assert len(layer.scripts._pool._idle) <= 64
 
 
 def test_every_script_gets_the_prelude_behind_its_first_line() -> None:
@@ -529,7 +529,7 @@ def test_every_script_gets_the_prelude_behind_its_first_line() -> None:
 
 def test_nothing_stored_is_read_or_written_but_through_the_scripts() -> None:
     """A plain command's reply has no echo. Left are the start, where no connection is old yet, and wake-ups without data."""
-    senders = {"connection.py", "pool.py", "wakeups.py"}
+    senders = {"connection.py", "server_check.py", "pool.py", "wakeups.py"}
     plain = re.compile(r"execute_command|client\.x?[hzls]?(get|set|range|scan|len|del)")
     files = [file for folder in ("persistence", "gateway") for file in (ROOT / folder).rglob("*.py")]
     assert [file.name for file in files if plain.search(file.read_text()) and file.name not in senders] == []

@@ -10,9 +10,10 @@ from redis.asyncio import Redis
 from gateway.dev.servers import redis as redis_module
 from gateway.dev.servers.ports import free_port
 from persistence.errors import RedisUnavailable
-from persistence.redis.connection import check_server, connect
+from persistence.redis.connection import connect
 from persistence.redis.keys import Keys
-from persistence.redis.pool import HeldLines
+from persistence.redis.pool import HeldPool
+from persistence.redis.server_check import check_server
 from tests.support.layer import Layer, new_turn
 from tests.support.rule import breaches
 from tests.support.serving import wait_for
@@ -81,7 +82,7 @@ async def test_who_knows_the_new_master_writes_nothing_to_the_old_one(
 ) -> None:
     """A master that hung is back before Sentinel tells it what it is now: what is written there is thrown away later."""
     if not guarded:
-        monkeypatch.setattr(HeldLines, "_is_astray", lambda self, line: False)
+        monkeypatch.setattr(HeldPool, "_is_stale", lambda self, connection: False)
     with redis_module.RedisSentinel(
         tmp_path, master_port=free_port(), replica_port=free_port(), sentinel_port=free_port()
     ) as group:

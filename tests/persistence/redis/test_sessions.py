@@ -26,8 +26,8 @@ from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Open
 from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts, script_texts
 from persistence.redis.sessions import SessionStore
-from persistence.redis.shared_limits import DayTold, Limits, RateTold, RunningTold, Told
-from persistence.redis.turn_logs import EventLogs
+from persistence.redis.shared_limits import DayUpdate, LimitUpdate, RateUpdate, RunningUpdate, SharedLimits
+from persistence.redis.turn_logs import TurnLogs
 from tests.support.layer import (
     ACCESS,
     AGENT_ID,
@@ -251,7 +251,7 @@ async def test_an_interrupting_turn_takes_the_session_over(layer: Layer) -> None
     policy = with_policy(if_busy="interrupt")
     busy = await layer.sessions.begin(session_id, "impatient", ACCESS, policy)
     assert busy == Busy(busy.lease_left_ms, False, turn_id) if isinstance(busy, Busy) else None
-    assert await EventLogs(layer.scripts, layer.keys).cancel(session_id, turn_id, ACCESS)
+    assert await TurnLogs(layer.scripts, layer.keys).cancel(session_id, turn_id, ACCESS)
     second, second_id = await layer.begin(session_id, policy=policy)
     assert second.fence > begun.fence
     assert not await layer.sessions.renew(session_id, turn_id, begun.fence)
@@ -1012,13 +1012,13 @@ async def _twice_append(layer: Layer) -> Repeated:
     session_id = (await layer.open()).session_id
     begun, turn_id = await layer.begin(session_id)
     part = Part(0, [Event(1, "turn.started", b"{}"), Event(2, "text.delta", b'{"text":"a"}')])
-    return lambda: EventLogs(layer.scripts, layer.keys).append(session_id, turn_id, begun.fence, part)
+    return lambda: TurnLogs(layer.scripts, layer.keys).append(session_id, turn_id, begun.fence, part)
 
 
 async def _twice_cancel(layer: Layer) -> Repeated:
     session_id = (await layer.open()).session_id
     _, turn_id = await layer.begin(session_id)
-    return lambda: EventLogs(layer.scripts, layer.keys).cancel(session_id, turn_id, ACCESS)
+    return lambda: TurnLogs(layer.scripts, layer.keys).cancel(session_id, turn_id, ACCESS)
 
 
 REPEATED: dict[str, Callable[[Layer], Awaitable[Repeated]]] = {
@@ -1053,10 +1053,10 @@ async def test_repeating_a_script_with_the_same_ids_changes_nothing(layer: Layer
 
 
 async def test_a_bucket_is_charged_and_forgotten_when_it_is_empty(layer: Layer) -> None:
-    limits = Limits(layer.scripts, layer.keys)
+    limits = SharedLimits(layer.scripts, layer.keys)
 
     async def ahead_ms(bucket: str, cost: int, interval_ms: float) -> int:
-        learned, error = await limits.tell({bucket: RateTold(cost, interval_ms)})
+        learned, error = await limits.sync({bucket: RateUpdate(cost, interval_ms)})
         assert error is None
         return learned[bucket].value
 
@@ -1150,12 +1150,12 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
         operation = await prepare(recording)
         await operation()
         await recording.flush()
-    limits: dict[str, Told] = {
-        "bucket": RateTold(1, 1000),
-        "day:an-agent": DayTold(1),
-        "running:an-agent": RunningTold("a-pod", 1, 5000),
+    limits: dict[str, LimitUpdate] = {
+        "bucket": RateUpdate(1, 1000),
+        "day:an-agent": DayUpdate(1),
+        "running:an-agent": RunningUpdate("a-pod", 1, 5000),
     }
-    await Limits(scripts, layer.keys).tell(limits)
+    await SharedLimits(scripts, layer.keys).sync(limits)
     await AgentCopies(layer.scripts, layer.keys).put(AGENT)
     await recording.sessions.read(new_id(), ACCESS)
     table = key_table()
