@@ -2,7 +2,7 @@
 import * as declared from '../gateway/widget/widget';
 import { SessionManager } from '../gateway/widget/session.js';
 import { AgentService, AgentError } from '../gateway/widget/service.js';
-import { TEXTS } from '../gateway/widget/texts.js';
+import { TEXTS } from '../gateway/widget/texts/en.js';
 
 export const session: declared.SessionManager = SessionManager.getInstance('support');
 export const error: declared.AgentError = new AgentError({ code: 'unreachable', title: '' });

@@ -8,15 +8,18 @@
  * that goes on for pages is none, and thousands of them are no text: such an answer is shown as it was written.
  */
 
-import * as md from './streaming-markdown.js';
+import * as md from './vendor/streaming-markdown.js';
 
 /** @typedef {{node: HTMLElement, token: number, start: string, href?: string}} Open  an element that still grows */
 
 const SLICE_CHARS = 2000;
 const SLICE_MS = 12;
-const DEEPEST = 16; // the parser has room for 24
-const LONGEST_MARK = 4000; // the parser looks at an unfinished one again with each character
-const MOST_ELEMENTS = 8000; // and columns: laying them out again and again would hold up the page
+// The parser has room for 24.
+const DEEPEST = 16;
+// The parser looks at an unfinished one again with each character.
+const LONGEST_MARK = 4000;
+// And columns: laying them out again and again would hold up the page.
+const MOST_ELEMENTS = 8000;
 const MOST_COLUMNS = 50;
 const PLAIN_BLOCK = 4000;
 /** @type {number[]} where text stands as it was written, and the parser keeps the newest character until it has seen the next */
@@ -26,7 +29,8 @@ const FLOWING = [md.PARAGRAPH, md.HEADING_1, md.HEADING_2, md.HEADING_3, md.HEAD
 /** @type {Record<number, string>} */
 const TAGS = {
   [md.PARAGRAPH]: 'p',
-  [md.HEADING_1]: 'h3', // below the heading of the chat
+  // Below the heading of the chat.
+  [md.HEADING_1]: 'h3',
   [md.HEADING_2]: 'h4',
   [md.HEADING_3]: 'h5',
   [md.HEADING_4]: 'h6',
@@ -64,10 +68,12 @@ const WIDE = [md.CODE_BLOCK, md.CODE_FENCE, md.EQUATION_BLOCK, md.TABLE];
 /** @param {string} href @returns {string | null} the address, if a link may lead there */
 export function safeAddress(href) {
   try {
-    const url = new URL(href.trim().replace(/\s+["'(].*$/s, '')); // [text](address "title")
+    // [text](address "title").
+    const url = new URL(href.trim().replace(/\s+["'(].*$/s, ''));
     return ['http:', 'https:', 'mailto:'].includes(url.protocol) ? url.href : null;
   } catch {
-    return null; // relative: a model knows nothing of the host page's addresses
+    // Relative: a model knows nothing of the host page's addresses.
+    return null;
   }
 }
 
@@ -83,9 +89,11 @@ export class MarkdownView {
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #timer;
   #whole = false;
-  #pending = ''; // text that is not on the page yet: adding to a long text bit by bit would be slow
+  // Text that is not on the page yet: adding to a long text bit by bit would be slow.
+  #pending = '';
   #last = '';
-  #tail = document.createTextNode(''); // what the parser keeps back
+  // What the parser keeps back.
+  #tail = document.createTextNode('');
   #plain = false;
   #elements = 0;
   #columns = 0;
@@ -140,7 +148,8 @@ export class MarkdownView {
       const { pending } = this.#parser;
       if (/^(\]\(|<)/.test(pending)) this.#add(pending.trimEnd());
       for (const { node, token, href } of this.#open) {
-        if (token === md.LINK && href === undefined) node.prepend('['); // a link that never ended
+        // A link that never ended.
+        if (token === md.LINK && href === undefined) node.prepend('[');
       }
     }
     this.#flush();
@@ -151,7 +160,8 @@ export class MarkdownView {
   #showTail() {
     const { pending, token } = this.#parser;
     if (!/^[\p{L}\p{N}\p{P}\p{S}]{1,8}$/u.test(pending) || /^[\\<`_*~$[\]!|#>+-]/.test(pending) || !FLOWING.includes(this.#top.token)) return;
-    if (token === md.LINE_BREAK) return; // it may become the mark of a list
+    // It may become the mark of a list.
+    if (token === md.LINE_BREAK) return;
     this.#tail.data = pending;
     this.#top.node.append(this.#tail);
   }
@@ -208,7 +218,8 @@ export class MarkdownView {
     let start = '';
     let inner = node;
     if (token === md.ITALIC_UND && /[\p{L}\p{N}]/u.test(this.#last)) {
-      node = inner = document.createElement('span'); // snake_case is no emphasis
+      // Snake_case is no emphasis.
+      node = inner = document.createElement('span');
       node.append((start = '_'));
     }
     if (token === md.IMAGE) node.append('🖼 ');
@@ -228,7 +239,8 @@ export class MarkdownView {
 
   #end() {
     this.#flush();
-    const { node, token, start, href } = /** @type {Open} */ (this.#open.pop());
+    const { node, token, start, href } = this.#top;
+    this.#open.pop();
     if (start && this.#parser.pending[0] === '_') node.append('_');
     this.#last = '';
     if (!LINKS.includes(token) || href) return;
@@ -261,12 +273,13 @@ export class MarkdownView {
       const href = safeAddress(open.token === md.RAW_URL ? value.replace(/[.,;:!?)\]}'"*]+$/, '') : value);
       open.href = href ?? '';
       if (!href) return;
-      const link = /** @type {HTMLAnchorElement} */ (open.node);
+      /** @type {any} an HTMLAnchorElement */
+      const link = open.node;
       link.href = href;
       link.target = '_blank';
       link.rel = 'noopener noreferrer';
     } else if (kind === md.START) {
-      /** @type {HTMLOListElement} */ (open.node).start = Number.parseInt(value, 10) || 1;
+      open.node.setAttribute('start', String(Number.parseInt(value, 10) || 1));
     } else if (kind === md.CHECKED) {
       open.node.textContent = '☑';
     }

@@ -19,11 +19,14 @@ import { SessionManager, randomHex } from './session.js';
  */
 
 const CALL_TIMEOUT_MS = 15_000;
-const SEND_TIMEOUT_MS = 300_000; // longer than the gateway lets a turn wait and run: the gateway's own error comes first
-const SILENCE_MS = 40_000; // the gateway sends a heartbeat every 15 s
+// Longer than the gateway lets a turn wait and run: the gateway's own error comes first.
+const SEND_TIMEOUT_MS = 300_000;
+// The gateway sends a heartbeat every 15 s.
+const SILENCE_MS = 40_000;
 const ATTEMPTS = 8;
 const LONGEST_WAIT_S = 20;
-const LONGEST_ASKED_S = 120; // whoever is to wait for longer is told so instead
+// Whoever is to wait for longer is told so instead.
+const LONGEST_ASKED_S = 120;
 const TERMINAL = ['turn.completed', 'turn.failed', 'turn.cancelled'];
 /** What passes by itself, so that the same message is sent again without asking the visitor. */
 const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited', 'agent_busy', 'too_many_streams'];
@@ -76,16 +79,23 @@ const pause = (seconds, signal) =>
     if (signal?.aborted) abort();
   });
 
-/** Server-Sent Events (WHATWG HTML, section 9.2) of a response. @param {Response} response @param {{id: string}} cursor  kept up to date */
+/**
+ * Server-Sent Events (WHATWG HTML, section 9.2) of a response.
+ * @param {Response} response @param {{id: string}} cursor  kept up to date @returns {AsyncGenerator<TurnEvent, void, void>}
+ */
 async function* readEvents(response, cursor) {
-  const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).pipeThrough(/** @type {any} */ (new TextDecoderStream())).getReader();
+  /** @type {any} */
+  const { body } = response;
+  /** @type {ReadableStreamDefaultReader<string>} */
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   /** @type {any} */
   let timer;
   let rest = '';
   try {
     for (;;) {
+      /** @type {Promise<never>} */
       const silence = new Promise((_, reject) => (timer = setTimeout(() => reject(unreachable()), SILENCE_MS)));
-      const { done, value } = await /** @type {Promise<{done: boolean, value: string}>} */ (Promise.race([reader.read(), silence]));
+      const { done, value } = await Promise.race([reader.read(), silence]);
       clearTimeout(timer);
       if (done) return;
       const blocks = (rest + value).split('\n\n');
@@ -98,7 +108,7 @@ async function* readEvents(response, cursor) {
           if (colon > 0) field[line.slice(0, colon)] = line.slice(colon + 2);
         }
         if (field.id) cursor.id = field.id;
-        if (field.event) yield /** @type {TurnEvent} */ ({ ...JSON.parse(field.data ?? '{}'), type: field.event });
+        if (field.event) yield { ...JSON.parse(field.data ?? '{}'), type: field.event };
       }
     }
   } finally {
@@ -170,7 +180,8 @@ export class AgentService {
           yield event;
           if (TERMINAL.includes(event.type)) return;
         }
-        throw unreachable(); // cut without a last word: resume
+        // Cut without a last word: resume.
+        throw unreachable();
       } catch (error) {
         if (signal?.aborted) throw error;
         const problem = error instanceof AgentError ? error : unreachable();
@@ -340,7 +351,8 @@ export class AgentService {
       throw unreachable();
     }
     if (response.ok) return response;
-    const problem = await response.json().catch(() => null); // a proxy's error page, say, is no JSON
+    // A proxy's error page, say, is no JSON.
+    const problem = await response.json().catch(() => null);
     const seconds = Number(problem?.retry_after ?? response.headers.get('Retry-After') ?? NaN);
     throw new AgentError({
       code: problem?.code ?? 'bad_answer',

@@ -120,7 +120,8 @@ export class SessionManager {
       if (value === null) return;
       this.#memory.set(part, value);
       try {
-        localStorage.removeItem(this.#key + part); // where it is full, what was there before must not be read again
+        // Where it is full, what was there before must not be read again.
+        localStorage.removeItem(this.#key + part);
       } catch {
         // storage is blocked
       }
