@@ -59,6 +59,10 @@ class ServerError(Exception):
     """A server could not be found, started or asked; the message says which one and why."""
 
 
+class PortTaken(ServerError):
+    """Another program listens on the port."""
+
+
 # ---------------------------------------------------------------------------------------------------------------- ports
 
 
@@ -194,7 +198,7 @@ class Server(ABC):
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Whether the server serves clients now."""
+        """Whether this process serves clients now: another program may have taken the port since it was found free."""
 
     def _account(self) -> pwd.struct_passwd | None:
         """The account to run as; None is our own."""
@@ -306,7 +310,7 @@ class Server(ABC):
     def _refuse_taken_port(self) -> None:
         # Processes that die take a moment to let go of their port.
         if not _wait_until(lambda: port_is_free(self.port), 1.0):
-            raise ServerError(f"port {self.port} is in use by another program: end that program or choose another port")
+            raise PortTaken(f"port {self.port} is in use by another program: end that program or choose another port")
 
     def _end_leftover(self) -> None:
         """End what an earlier run left behind in this directory, if it is proven to be that."""
@@ -501,9 +505,11 @@ class RedisServer(Server):
 
     def _answers(self) -> bool:
         try:
-            return _ask(self.port, "PING") == "PONG"
+            if _ask(self.port, "PING") != "PONG":
+                return False
         except ServerError as error:
             return "NOAUTH" in str(error)  # it serves those who know its password
+        return self._process is not None and _facts(self.port, "INFO", "server").get("process_id") == str(self._process.pid)
 
 
 class SentinelServer(RedisServer):
@@ -816,7 +822,12 @@ class PostgresServer(Server):
         unfinished.rename(self._data)
 
     def _answers(self) -> bool:
-        return _greets(self.port, "postgres")
+        try:
+            pid, *_, status = self._pid_file.read_text().splitlines()
+        except (OSError, ValueError):
+            return False
+        ours = self._process is not None and pid == str(self._process.pid) and status.strip() == "ready"
+        return ours and _greets(self.port, "postgres")
 
     def _will_pass(self, log: str) -> bool:
         # What is left of a killed server notices within moments and lets go of the shared memory.
