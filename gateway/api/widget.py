@@ -93,7 +93,7 @@ def _modules(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]]
 
 
 def stripped(source: bytes) -> bytes:
-    """A module without blank lines, indentation, and comments that have lines of their own: a third of what would be sent.
+    """A module without blank lines, indentation, and comments that have lines of their own.
 
     Nothing of the language is parsed, so modules keep two rules: a line that begins with `//` or `/**` is a comment, and a
     template literal of several lines is a style sheet.

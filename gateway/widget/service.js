@@ -1,5 +1,6 @@
 /**
- * The gateway's HTTP calls: messages, streams that resume by themselves, transcripts.
+ * The gateway's HTTP calls: messages, streams that resume by themselves, history. For the chat, and for sites with an interface
+ * of their own.
  *
  * Every failure is an AgentError. A message keeps its message_id over all attempts, so the gateway never answers it twice;
  * a session that ended or was lost is replaced by a new one on the way.
@@ -19,16 +20,16 @@ import { SessionManager, randomHex } from './session.js';
  */
 
 const CALL_TIMEOUT_MS = 15_000;
-// Longer than the gateway lets a turn wait and run: the gateway's own error comes first.
+// Longer than a turn may wait and run at the gateway, so that the gateway's own error comes first.
 const SEND_TIMEOUT_MS = 300_000;
 // The gateway sends a heartbeat every 15 s.
 const SILENCE_MS = 40_000;
 const ATTEMPTS = 8;
 const LONGEST_WAIT_S = 20;
-// Whoever is to wait for longer is told so instead.
+// A longer Retry-After is an error for the visitor to see.
 const LONGEST_ASKED_S = 120;
 const TERMINAL = ['turn.completed', 'turn.failed', 'turn.cancelled'];
-/** What passes by itself, so that the same message is sent again without asking the visitor. */
+// Codes of problems that pass by themselves: the same message is sent again without asking the visitor.
 const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited', 'agent_busy', 'too_many_streams'];
 
 /** What the gateway answered instead of a result (RFC 9457), or `unreachable` when there was no answer at all. */
@@ -44,7 +45,7 @@ export class AgentError extends Error {
     this.retryable = retryable;
   }
 
-  /** Whether to try again by itself. */
+  /** Whether to try again without asking. */
   get passes() {
     return PASSING.includes(this.code) || [502, 503, 504].includes(this.status) && !this.code.startsWith('graph') && this.code !== 'turn_timeout';
   }
@@ -55,7 +56,7 @@ const unreachable = () => new AgentError({ code: 'unreachable', title: 'No conne
 /** Exponential backoff with full jitter. @param {number} attempt  from 0 @returns {number} seconds */
 const backoff = (attempt) => 0.2 + Math.random() * Math.min(LONGEST_WAIT_S, 0.5 * 2 ** attempt);
 
-/** Never sooner than the gateway asks for, and not all at that same moment. @param {unknown} error @param {number} attempt @returns {number} seconds */
+/** Not before Retry-After, with jitter. @param {unknown} error @param {number} attempt @returns {number} seconds */
 const waitFor = (error, attempt) => Math.max(error instanceof AgentError ? error.retryAfter ?? 0 : 0, backoff(attempt));
 
 /** @param {AgentError} problem */
@@ -156,7 +157,7 @@ export class AgentService {
 
   /**
    * Send one message; its events as they come, the last one `turn.completed`, `turn.failed` or `turn.cancelled`.
-   * A cut stream is resumed, a lost turn begun again (`log.reset`: forget the text so far), a lost session replaced.
+   * A cut stream is resumed, a lost turn is started again (`log.reset`: forget the text so far), a lost session is replaced.
    * @param {string} agentId @param {string} message @param {{messageId?: string, signal?: AbortSignal}} [options]
    * @returns {AsyncGenerator<TurnEvent, void, void>}
    */
@@ -180,7 +181,7 @@ export class AgentService {
           yield event;
           if (TERMINAL.includes(event.type)) return;
         }
-        // Cut without a last word: resume.
+        // Cut before the terminal event: resume.
         throw unreachable();
       } catch (error) {
         if (signal?.aborted) throw error;
@@ -190,7 +191,7 @@ export class AgentService {
           yield { type: 'session.replaced' };
         } else if (problem.code === 'unreachable' || problem.passes || (turnId && problem.status === 404)) {
           if (tooLong(problem) || (!offline() && (failures += 1) > ATTEMPTS)) throw problem;
-          // Behind a turn that is no more, the same message is sent anew: the gateway knows whether it was answered.
+          // The turn is gone: the same message is sent again, and the gateway knows whether it was answered.
           if (turnId && (problem.code !== 'unreachable' && problem.status !== 503)) turnId = cursor.id = '';
           const wait_s = waitFor(problem, failures);
           lost = true;
@@ -206,8 +207,8 @@ export class AgentService {
   }
 
   /**
-   * A session's turns as they happen, from now on, whoever began them; goes on until the signal, or until there is no
-   * such session (any more). `feed.opened` comes first and after each reconnection: read the transcript then.
+   * The session's turns as they happen, whoever started them, until the signal or the session's end. `feed.opened` comes first
+   * and after each reconnection: the history is to be read then.
    * @param {{signal?: AbortSignal}} [options] @returns {AsyncGenerator<TurnEvent, void, void>}
    */
   async *watch({ signal } = {}) {
@@ -284,8 +285,8 @@ export class AgentService {
   }
 
   /**
-   * Where an error says that the session is over or is not ours, begin another: one of our own making, or, for agents
-   * that insist on it, one that the gateway mints.
+   * Where an error says that the session is over or is not this visitor's, begin another: with an id made here, or, for an
+   * agent with `require_token`, with one that the gateway mints.
    * @param {string} agentId @param {unknown} error @param {string} sessionId @param {number} replaced  how often already
    * @returns {Promise<boolean>}
    */
@@ -293,7 +294,7 @@ export class AgentService {
     if (!(error instanceof AgentError) || replaced > 1) return false;
     const over = error.status === 410 || error.code === 'session_not_found' || error.code.startsWith('session_token');
     if (!over) return false;
-    // Another tab may have begun the next session already: then join it.
+    // Another tab may have begun the next session already, which is then joined.
     if (this.#session.findSessionId() === sessionId) this.#session.clearSession();
     if (replaced === 1 || error.code === 'session_token_required') {
       const metadata = this.#session.getSessionMetadata();
@@ -342,7 +343,7 @@ export class AgentService {
     if (token) headers.Authorization = `Bearer ${token}`;
     let response;
     try {
-      // Asked for with each call: it is the site that knows when a token has run out.
+      // Fetched for each call: the site knows when a token has expired.
       const userToken = typeof this.#userToken === 'function' ? await this.#userToken() : this.#userToken;
       if (userToken) headers['X-User-Token'] = userToken;
       response = await fetch(this.#base + path, { method, headers, body: body && JSON.stringify(body), signal, credentials: 'omit' });
@@ -351,7 +352,7 @@ export class AgentService {
       throw unreachable();
     }
     if (response.ok) return response;
-    // A proxy's error page, say, is no JSON.
+    // A proxy's error page is no JSON.
     const problem = await response.json().catch(() => null);
     const seconds = Number(problem?.retry_after ?? response.headers.get('Retry-After') ?? NaN);
     throw new AgentError({

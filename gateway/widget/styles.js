@@ -1,4 +1,4 @@
-/** The looks of the open chat. Sizes in px: the host page's font size is not ours. */
+/** The style sheet of the open chat. Sizes are in px, because em and rem would follow the host page. */
 
 export const STYLE = `
 .panel { --paper: #fff; --ink: #1a201e; --soft: #59635f; --line: #e2e7e4; --bubble: #f1f4f2; --alarm: #b3261e; --well: #e7ecea;

@@ -256,7 +256,12 @@ CONTROLS: list[tuple[Scenario, str, str, str]] = [
     ),
     (a_message_is_answered_once, "service.js", "message_id: messageId,", "message_id: randomHex(16),"),
     (what_is_said_while_a_conversation_ends_is_for_the_next, "panel.js", "if (ending) await ending;", ""),
-    (what_the_transcript_has_is_shown_once, "transcript.js", "(one) => one.id === id || (one", "(one) => one.id === id && (one"),
+    (
+        what_the_transcript_has_is_shown_once,
+        "transcript.js",
+        "(one) => one.id === id || (one",
+        "(one) => one.id === id && (one",
+    ),
     (an_answer_is_read_out_once, "transcript.js", "'aria-live': 'off'", "'aria-live': 'polite'"),
     (words_being_composed_are_not_sent, "composer.js", " || event.isComposing || event.keyCode === 229", ""),
     (

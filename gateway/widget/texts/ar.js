@@ -1,4 +1,4 @@
-/** What the chat says, in Arabic. */
+/** The words of the chat in Arabic. */
 
 /** @type {import('./en.js').Texts} */
 export const TEXTS = {

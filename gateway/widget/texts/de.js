@@ -1,4 +1,4 @@
-/** What the chat says, in German. */
+/** The words of the chat in German. */
 
 /** @type {import('./en.js').Texts} */
 export const TEXTS = {

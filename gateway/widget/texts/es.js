@@ -1,4 +1,4 @@
-/** What the chat says, in Spanish. */
+/** The words of the chat in Spanish. */
 
 /** @type {import('./en.js').Texts} */
 export const TEXTS = {

@@ -1,4 +1,4 @@
-/** What the chat says, in French. */
+/** The words of the chat in French. */
 
 /** @type {import('./en.js').Texts} */
 export const TEXTS = {
