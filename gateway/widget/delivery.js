@@ -105,7 +105,8 @@ export function createDelivery({ agent, t, service, session, transcript, announc
     message.note(t.sending);
     const answer = transcript.addAnswer();
     try {
-      for await (const event of service.streamMessage(agent, message.text, { messageId: message.messageId, signal })) take(event, message, answer);
+      const events = service.streamMessage(agent, message.text, { messageId: message.messageId, signal });
+      for await (const event of events) take(event, message, answer);
     } catch (error) {
       if (signal.aborted) transcript.stopAnswer(answer);
       else if (!refused(error)) fail(message, answer, error instanceof AgentError ? error.code : 'failed');
@@ -120,7 +121,10 @@ export function createDelivery({ agent, t, service, session, transcript, announc
     get busy() {
       return current !== null;
     },
-    /** Go on with the message that waits for its answer, of an earlier page or of another tab. @returns {boolean} whether it is being sent */
+    /**
+     * Go on with the message that waits for its answer, of an earlier page or of another tab.
+     * @returns {boolean} whether it is being sent
+     */
     resume() {
       const pending = session.findPending();
       if (!pending || current) return false;
@@ -137,7 +141,10 @@ export function createDelivery({ agent, t, service, session, transcript, announc
       else void send(message);
       return !failed;
     },
-    /** Stop the answer that is being made; where nothing runs, this tab stops asking for it. Raises what the service raises. */
+    /**
+     * Stop the answer that is being made; where nothing runs, this tab stops asking for it.
+     * Rejects as `AgentService.cancel` does.
+     */
     async cancel() {
       if ((await service.cancel(agent)) || !current) return;
       current.stop.abort();

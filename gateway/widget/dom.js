@@ -12,7 +12,10 @@ export function el(tag, attributes, ...children) {
   return node;
 }
 
-/** A button, named by its text or else by the label. @param {string} label @param {string} className @param {...(Node | string)} children */
+/**
+ * A button, named by its text or else by the label.
+ * @param {string} label @param {string} className @param {...(Node | string)} children
+ */
 export function button(label, className, ...children) {
   const made = el('button', { type: 'button', class: className }, ...(children.length ? children : [label]));
   if (children.length) rename(made, label);
@@ -37,14 +40,20 @@ export function icon(strokes) {
   return svg;
 }
 
-/** A style sheet for `adoptedStyleSheets`: unlike a style element, it works under a strict Content-Security-Policy. @param {string} rules */
+/**
+ * A style sheet for `adoptedStyleSheets`: unlike a style element, it works under a strict Content-Security-Policy.
+ * @param {string} rules
+ */
 export function sheet(rules) {
   const made = new CSSStyleSheet();
   made.replaceSync(rules);
   return made;
 }
 
-/** Black or white, whichever contrasts more with a colour: always 4.5 to 1 or better (WCAG 2.2, 1.4.3). @param {HTMLElement} probe  has that background */
+/**
+ * Black or white, whichever contrasts more with a colour: always 4.5 to 1 or better (WCAG 2.2, 1.4.3).
+ * @param {HTMLElement} probe  has that background
+ */
 export function readableOn(probe) {
   const found = /^rgba?\((\d+), (\d+), (\d+)/.exec(getComputedStyle(probe).backgroundColor);
   if (!found) return '#fff';

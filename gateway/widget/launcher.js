@@ -14,7 +14,10 @@ import { SessionManager } from './session.js';
 const ACCENT = '#1f6f54';
 const REFUSALS = ['domain_not_allowed', 'agent_not_found', 'agent_inactive', 'channel_not_allowed'];
 
-/** @type {Record<string, () => Promise<{TEXTS: Texts}>>} the languages of the chat, by ISO 639-1 code: a page loads one of them */
+/**
+ * @type {Record<string, () => Promise<{TEXTS: Texts}>>} the languages of the chat, by ISO 639-1 code: a page loads one
+ *   of them
+ */
 const LANGUAGES = {
   ar: () => import('./texts/ar.js'),
   de: () => import('./texts/de.js'),
@@ -57,7 +60,10 @@ svg { display: block; fill: none; stroke: currentColor; stroke-width: 1.9; strok
 /** @type {{agent: string, target?: HTMLElement, chat: Chat}[]} the chats on this page */
 let mounted = [];
 
-/** Put the chat on the page; one that is there already, of this agent at this place, stays as it is. @param {MountOptions} options @returns {Chat} */
+/**
+ * Put the chat on the page; one that is there already, of this agent at this place, stays as it is.
+ * @param {MountOptions} options @returns {Chat}
+ */
 export function mount(options) {
   const { agent, target } = options;
   if (!agent) throw new TypeError('mount: which agent?');
@@ -199,7 +205,10 @@ function createLauncher(options, removed) {
   launcher.addEventListener('click', () => (launcher.getAttribute('aria-expanded') === 'true' ? close() : void open(true).catch(() => {})));
   for (const hint of ['pointerenter', 'focus']) launcher.addEventListener(hint, () => void load().catch(() => {}), { once: true });
 
-  /** Where the chat may not be here, take it away and tell the site's owner why. @param {unknown} error @returns {boolean} whether it was so */
+  /**
+   * Where the chat may not be here, take it away and tell the site's owner why.
+   * @param {unknown} error @returns {boolean} whether it was so
+   */
   const refused = (error) => {
     if (!(error instanceof AgentError) || !REFUSALS.includes(error.code)) return false;
     const why = error.code === 'domain_not_allowed' ? `its allowed_domains do not contain ${location.hostname}` : error.title;
@@ -222,7 +231,10 @@ function createLauncher(options, removed) {
   return { element, open: () => open(true), close, remove, setUserToken: (token) => service.setUserToken(token) };
 }
 
-/** Keep a value for this tab, so that the chat stays open from page to page. @param {string} name @param {string | null} value */
+/**
+ * Keep a value for this tab, so that the chat stays open from page to page.
+ * @param {string} name @param {string | null} value
+ */
 function remember(name, value) {
   try {
     if (value === null) sessionStorage.removeItem(name);

@@ -1,9 +1,9 @@
 /**
  * Renders answers as a safe subset of Markdown, while they grow.
  *
- * The parser (streaming-markdown) calls back with elements and text; elements are made here, from a fixed list, and all else
- * becomes text nodes. No HTML is ever parsed, so there is none to sanitize: a tag is shown as it is written. An image becomes
- * a link, because loading it would tell a third party about the visitor.
+ * The parser (streaming-markdown) calls back with elements and text; elements are made here, from a fixed list, and all
+ * else becomes text nodes. No HTML is ever parsed, so there is none to sanitize: a tag is shown as it is written. An image
+ * becomes a link, because loading it would tell a third party about the visitor.
  *
  * Rendered elements are never made again. A long text is taken in slices, so that the page stays responsive. An answer with
  * marks that span pages, or with thousands of elements, is shown as plain text.

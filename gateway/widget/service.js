@@ -1,6 +1,6 @@
 /**
- * The gateway's HTTP calls: messages, streams that resume by themselves, history. For the chat, and for sites with an interface
- * of their own.
+ * The gateway's HTTP calls: messages, streams that resume by themselves, history. The chat uses them, and so do sites with an
+ * interface of their own.
  *
  * Every failure is an AgentError. A message keeps its message_id over all attempts, so the gateway never answers it twice;
  * a session that ended or was lost is replaced by a new one on the way.
@@ -8,7 +8,10 @@
 
 import { SessionManager, randomHex } from './session.js';
 
-/** @typedef {{id: string, role: string, content: string, seq: number, turn_id: string, created_at: string, message_id?: string}} Message */
+/**
+ * @typedef {{id: string, role: string, content: string, seq: number, turn_id: string, created_at: string,
+ *   message_id?: string}} Message
+ */
 /** @typedef {{messages: Message[], next_before: number | null}} History  messages, oldest first */
 /** @typedef {{response: string, metadata: Record<string, any>}} Answer */
 /**
@@ -30,11 +33,15 @@ const LONGEST_WAIT_S = 20;
 const LONGEST_ASKED_S = 120;
 const TERMINAL = ['turn.completed', 'turn.failed', 'turn.cancelled'];
 // Codes of problems that pass by themselves: the same message is sent again without asking the visitor.
-const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited', 'agent_busy', 'too_many_streams'];
+const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited', 'agent_busy',
+  'too_many_streams'];
 
 /** What the gateway answered instead of a result (RFC 9457), or `unreachable` when there was no answer at all. */
 export class AgentError extends Error {
-  /** @param {{code: string, title: string, status?: number, retryAfter?: number | null, retryable?: boolean}} problem  retryAfter in seconds */
+  /**
+   * @param {{code: string, title: string, status?: number, retryAfter?: number | null, retryable?: boolean}} problem
+   *   retryAfter in seconds
+   */
   constructor({ code, title, status = 0, retryAfter = null, retryable = false }) {
     super(title);
     this.name = 'AgentError';
@@ -64,7 +71,10 @@ const tooLong = (problem) => (problem.retryAfter ?? 0) > LONGEST_ASKED_S;
 
 const offline = () => globalThis.navigator?.onLine === false;
 
-/** Wait, at most until the browser is online again. @param {number} seconds @param {AbortSignal} [signal] @returns {Promise<void>} */
+/**
+ * Wait, at most until the browser is online again.
+ * @param {number} seconds @param {AbortSignal} [signal] @returns {Promise<void>}
+ */
 const pause = (seconds, signal) =>
   new Promise((resolve, reject) => {
     const stop = () => {
@@ -118,7 +128,10 @@ async function* readEvents(response, cursor) {
   }
 }
 
-/** @typedef {string | (() => string | null | Promise<string | null>) | null} UserToken  what the site signed for a user who is logged in, or what fetches it */
+/**
+ * @typedef {string | (() => string | null | Promise<string | null>) | null} UserToken  what the site signed for a user
+ *   who is logged in, or what fetches it
+ */
 
 export class AgentService {
   #base;
@@ -207,8 +220,8 @@ export class AgentService {
   }
 
   /**
-   * The session's turns as they happen, whoever started them, until the signal or the session's end. `feed.opened` comes first
-   * and after each reconnection: the history is to be read then.
+   * The session's turns as they happen, whoever started them, until the signal or the session's end. `feed.opened` comes
+   * first and after each reconnection: the history is to be read then.
    * @param {{signal?: AbortSignal}} [options] @returns {AsyncGenerator<TurnEvent, void, void>}
    */
   async *watch({ signal } = {}) {
@@ -314,7 +327,10 @@ export class AgentService {
     };
   }
 
-  /** @param {string} method @param {string} path @param {object} [body] @param {AbortSignal} [signal] @param {number} [timeoutMs] @returns {Promise<any>} */
+  /**
+   * @param {string} method @param {string} path @param {object} [body] @param {AbortSignal} [signal]
+   * @param {number} [timeoutMs] @returns {Promise<any>}
+   */
   async #json(method, path, body, signal, timeoutMs = CALL_TIMEOUT_MS) {
     const stop = new AbortController();
     const abort = () => stop.abort();
@@ -333,7 +349,10 @@ export class AgentService {
     }
   }
 
-  /** @param {string} method @param {string} path @param {{body?: object, signal?: AbortSignal, cursor?: string}} options @returns {Promise<Response>} a good one */
+  /**
+   * @param {string} method @param {string} path @param {{body?: object, signal?: AbortSignal, cursor?: string}} options
+   * @returns {Promise<Response>} a good one
+   */
   async #fetch(method, path, { body, signal, cursor }) {
     /** @type {Record<string, string>} */
     const headers = {};

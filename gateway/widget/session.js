@@ -3,7 +3,10 @@
  * because other tabs write there too; in memory where storage is blocked or there is no window.
  */
 
-/** @typedef {{sessionId: string, messageId: string, text: string, failed?: boolean}} Pending  a message that waits for its answer */
+/**
+ * @typedef {{sessionId: string, messageId: string, text: string, failed?: boolean}} Pending  a message that waits for
+ *   its answer
+ */
 
 const ID = /^[A-Za-z0-9_.:-]{16,255}$/;
 
@@ -24,8 +27,8 @@ export class SessionManager {
   }
 
   /**
-   * One per agent, because the gateway binds a session to its agent. Without a window, as on a server with its many visitors,
-   * each call makes a new one. @param {string} [agentId] @returns {SessionManager}
+   * One per agent, because the gateway binds a session to its agent. Without a window, as on a server with its many
+   * visitors, each call makes a new one. @param {string} [agentId] @returns {SessionManager}
    */
   static getInstance(agentId = '') {
     const key = agentId ? `gateway_session:${agentId}` : 'gateway_session';

@@ -1,8 +1,8 @@
 /**
  * What is shown of a session: its messages, each once and in its place, answers that grow, and when it was said.
  *
- * A message is known by its id or, before the history has brought it, by its message_id or its turn. The log stays at its end
- * while the visitor is there, and where it is while the visitor reads something earlier.
+ * A message is known by its id or, before the history has brought it, by its message_id or its turn. The log stays at its
+ * end while the visitor is there, and where it is while the visitor reads something earlier.
  */
 
 import { button, el, icon } from './dom.js';
@@ -38,7 +38,8 @@ export class Message {
   /** @param {Texts} t @param {'user' | 'assistant'} role @param {string} [text]  all of it */
   constructor(t, role, text) {
     this.role = role;
-    this.node = el('div', { class: `message ${role}` }, el('span', { class: 'sr' }, role === 'user' ? t.you : t.agent), this.body, this.#meta);
+    const who = el('span', { class: 'sr' }, role === 'user' ? t.you : t.agent);
+    this.node = el('div', { class: `message ${role}` }, who, this.body, this.#meta);
     this.#view = role === 'assistant' ? new MarkdownView(this.body) : null;
     if (text !== undefined) this.show(text, true);
   }
@@ -63,7 +64,10 @@ export class Message {
   }
 }
 
-/** An answer that is being written: deltas are shown at most every PAINT_MS, and dots until there are some. @param {Texts} t */
+/**
+ * An answer that is being written: deltas are shown at most every PAINT_MS, and dots until there are some.
+ * @param {Texts} t
+ */
 function createAnswer(t) {
   const message = new Message(t, 'assistant');
   const dots = el('div', { class: 'dots' }, el('i', {}), el('i', {}), el('i', {}));
@@ -100,7 +104,10 @@ function createAnswer(t) {
       // The end of a very long answer may not be laid out yet.
       return `${t.agent} ${message.body.innerText || text}`;
     },
-    /** It ends without a response. @param {boolean} keep  show the text so far, as stopped @returns {boolean} whether there is any */
+    /**
+     * It ends without a response.
+     * @param {boolean} keep  show the text so far, as stopped @returns {boolean} whether there is any
+     */
     stop(keep) {
       end();
       if (!keep || !text) return false;
@@ -226,7 +233,10 @@ export function createTranscript({ t, lang, greeting, sessionId, load, announce 
     hasTurn: (turnId) => messages.some((one) => one.turnId === turnId),
     /** @param {Message} message */
     moveToEnd: (message) => place(message),
-    /** Show a message of the visitor's at the end. @param {string} text @param {Partial<Pick<Message, 'messageId' | 'turnId' | 'at'>>} facts */
+    /**
+     * Show a message of the visitor's at the end.
+     * @param {string} text @param {Partial<Pick<Message, 'messageId' | 'turnId' | 'at'>>} facts
+     */
     addQuestion(text, facts) {
       const message = Object.assign(new Message(t, 'user', text), facts);
       place(message);
@@ -240,7 +250,11 @@ export function createTranscript({ t, lang, greeting, sessionId, load, announce 
       place(answer.message);
       return answer;
     },
-    /** End an answer that has no response. @param {Answer} answer @param {boolean} [keep]  show the text so far, as stopped @returns {boolean} whether any is shown */
+    /**
+     * End an answer that has no response.
+     * @param {Answer} answer @param {boolean} [keep]  show the text so far, as stopped
+     * @returns {boolean} whether any is shown
+     */
     stopAnswer(answer, keep = false) {
       if (answer.stop(keep)) return true;
       messages = messages.filter((one) => one !== answer.message);
@@ -261,7 +275,10 @@ export function createTranscript({ t, lang, greeting, sessionId, load, announce 
       log.replaceChildren(welcome);
       latest.hidden = true;
     },
-    /** A session was over, and another took its place: its messages stay on the page, and these begin the next. @param {string} next @param {...Message} kept */
+    /**
+     * A session was over, and another took its place: its messages stay on the page, and these begin the next.
+     * @param {string} next @param {...Message} kept
+     */
     startNext(next, ...kept) {
       transcript.sessionId = next;
       // A first message has nothing before it.
@@ -274,7 +291,10 @@ export function createTranscript({ t, lang, greeting, sessionId, load, announce 
   return transcript;
 }
 
-/** @param {Date} at @param {string} lang @returns {string} the time, and the day unless it is today, as the visitor writes it in that language */
+/**
+ * @param {Date} at @param {string} lang
+ * @returns {string} the time, and the day unless it is today, as the visitor writes it in that language
+ */
 function inWords(at, lang) {
   const today = at.toDateString() === new Date().toDateString();
   const spoken = navigator.languages.find((one) => one.slice(0, 2) === lang.slice(0, 2)) ?? lang;

@@ -1,5 +1,5 @@
 /**
- * The public entry, served as /widget.js: the names for sites' own scripts, and a chat for each script tag that names an agent.
+ * The public entry, served as /widget.js: the names for sites' own scripts, and a chat for each script tag with an agent.
  *
  *   <script type="module" src="https://gateway.example/widget.js" data-agent="support"></script>
  *
@@ -22,14 +22,17 @@ function whenIdle(run) {
   else addEventListener('load', idle, { once: true });
 }
 
-/** The options that a script tag's `data-` attributes give. @param {DOMStringMap} data @returns {import('./widget.js').MountOptions} */
+/**
+ * The options that a script tag's `data-` attributes give.
+ * @param {DOMStringMap} data @returns {import('./widget.js').MountOptions}
+ */
 function optionsOf(data) {
   const { texts, open, target } = data;
   const found = target ? document.querySelector(target) : null;
   if (target && !found) console.warn(`[chat] data-target: there is no ${target} on this page.`);
   /** @type {any} */
-  const options = { ...data, texts: texts && JSON.parse(texts), open: open !== undefined && open !== 'false', target: found ?? undefined };
-  return options;
+  const own = { texts: texts && JSON.parse(texts), open: open !== undefined && open !== 'false', target: found ?? undefined };
+  return { ...data, ...own };
 }
 
 // A tag that is on the page twice is one chat.
