@@ -226,6 +226,16 @@ def endpoints(
             headers=("If-None-Match",),
             answer_headers={200: ("ETag", "Cache-Control"), 304: ("ETag", "Cache-Control"), 307: ("Location",)},
         ),
+        Endpoint(
+            "GET",
+            "/widget/{version}/{folder}/{file}",
+            widget.part,
+            "A module of the chat widget in a folder, such as a language; it never changes",
+            {200: SCRIPT, 304: None, 307: None},
+            (404,),
+            headers=("If-None-Match",),
+            answer_headers={200: ("ETag", "Cache-Control"), 304: ("ETag", "Cache-Control"), 307: ("Location",)},
+        ),
     ]
 
 

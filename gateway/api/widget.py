@@ -1,14 +1,18 @@
-"""The browser client's files, as browsers are to keep them.
+"""Serves the files of `gateway/widget`: how browsers cache them.
 
-`/widget.js` has a name that stays, so it is asked for again after five minutes. It names the other modules under a version,
-which is the hash of all of them: those are kept for a year. A pod that is asked for another version, as happens while pods
-are replaced, sends the browser to its own; modules name each other relative to where they came from, so versions do not mix.
+`/widget.js`, the public entry, keeps its name, so browsers ask for it again after five minutes. All other modules are served
+below `/widget/<version>/`, in their folders, and kept for a year; the version is the hash of all of them. Modules name each
+other by relative paths, so one version never loads parts of another; the entry alone stands outside that folder, and there
+`'./` at the beginning of a path becomes `'./widget/<version>/`. A pod that is asked for another version, as happens while
+pods are replaced, redirects to its own.
 """
 
 import gzip
 import re
+from collections.abc import Iterator
 from hashlib import sha256
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -16,12 +20,12 @@ from starlette.responses import Response
 from gateway.problems import NotFound
 
 ENTRY = "widget.js"
+VENDOR = "vendor/"
 STABLE = "public, max-age=300"
 FOREVER = "public, max-age=31536000, immutable"
-# Any website may load and run them, also one that isolates itself (COEP).
+# Any website may load and run them, also one that isolates itself (COEP): browsers fetch modules by CORS alone.
 HEADERS = {
     "Access-Control-Allow-Origin": "*",
-    "Cross-Origin-Resource-Policy": "cross-origin",
     "X-Content-Type-Options": "nosniff",
     "Vary": "Accept-Encoding",
 }
@@ -43,45 +47,67 @@ class _File:
         known = re.findall(r'"[^"]*"|\*', request.headers.get("if-none-match", ""))
         if tag in known or "*" in known:
             return Response(status_code=304, headers=headers)
+        headers["Content-Type"] = "text/javascript"
         if zipped:
             headers["Content-Encoding"] = "gzip"
-        return Response(self._gzip if zipped else self._plain, headers=headers, media_type="text/javascript")
+        return Response(self._gzip if zipped else self._plain, headers=headers)
 
 
 class WidgetApi:
-    """Serves the widget; everything is read and compressed once, at the start."""
+    """Everything is read and compressed once, at the start."""
 
     def __init__(self) -> None:
-        folder = files("gateway") / "widget"
-        found = sorted((file.name, file.read_bytes()) for file in folder.iterdir() if file.name.endswith(".js"))
-        modules = {name: without_comments(body) for name, body in found}
-        self._version = sha256(b"".join(name.encode() + b"\0" + body for name, body in modules.items())).hexdigest()[:16]
-        prefix = f"./widget/{self._version}/".encode()
-        entry = re.sub(rb"(?<=')\./(?=[\w/-]+\.js')", prefix, modules.pop(ENTRY))
+        found = sorted(_modules(files("gateway") / "widget"))
+        modules = {path: body if path.startswith(VENDOR) else stripped(body) for path, body in found}
+        self._version = sha256(b"".join(path.encode() + b"\0" + body for path, body in modules.items())).hexdigest()[:16]
+        entry = modules.pop(ENTRY).replace(b"'./", f"'./widget/{self._version}/".encode())
         self._entry = _File(entry, STABLE)
-        self._parts = {name: _File(body, FOREVER) for name, body in modules.items()}
+        self._parts = {path: _File(body, FOREVER) for path, body in modules.items()}
 
     async def entry(self, request: Request) -> Response:
         """GET /widget.js"""
         return self._entry.respond(request)
 
     async def part(self, request: Request) -> Response:
-        """GET /widget/{version}/{file}"""
-        version, name = request.path_params["version"], request.path_params["file"]
-        part = self._parts.get(name)
+        """GET /widget/{version}/{file} and /widget/{version}/{folder}/{file}"""
+        version, folder, name = (request.path_params.get(one, "") for one in ("version", "folder", "file"))
+        path = f"{folder}/{name}" if folder else name
+        part = self._parts.get(path)
         if part is None:
             raise NotFound
         if version == self._version:
             return part.respond(request)
         # Relative, so that it holds behind a proxy that serves the gateway under a path.
-        headers = {**HEADERS, "Location": f"../{self._version}/{name}", "Cache-Control": "no-store"}
+        up = "../../" if folder else "../"
+        headers = {**HEADERS, "Location": f"{up}{self._version}/{path}", "Cache-Control": "no-store"}
         return Response(status_code=307, headers=headers)
 
 
-def without_comments(source: bytes) -> bytes:
-    """A module without the comments that stand on lines of their own, which are a third of what would be sent."""
-    source = re.sub(rb"^ */\*\*(?:(?!\*/).)*\*/ *\n", b"", source, flags=re.DOTALL | re.MULTILINE)
-    return re.sub(rb"^ *// .*\n", b"", source, flags=re.MULTILINE)
+def _modules(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]]:
+    """The modules below a folder: path and text."""
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            yield from _modules(entry, f"{path}{entry.name}/")
+        elif entry.name.endswith(".js"):
+            yield path + entry.name, entry.read_bytes()
+
+
+def stripped(source: bytes) -> bytes:
+    """A module without blank lines, indentation, and comments that have lines of their own.
+
+    Nothing of the language is parsed, so modules keep two rules: a line that begins with `//` or `/**` is a comment, and a
+    template literal of several lines is a style sheet.
+    """
+    lines = list[bytes]()
+    inside = False
+    for line in map(bytes.strip, source.splitlines()):
+        if inside or not line or line.startswith(b"//"):
+            inside = inside and not line.endswith(b"*/")
+        elif line.startswith(b"/**") and (line.endswith(b"*/") or b"*/" not in line):
+            inside = not line.endswith(b"*/")
+        else:
+            lines.append(line)
+    return b"\n".join(lines) + b"\n"
 
 
 def _accepts_gzip(accepted: str) -> bool:

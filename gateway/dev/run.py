@@ -7,16 +7,17 @@ import secrets
 import shlex
 import shutil
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from time import monotonic, time
+from typing import TypeVar
 
 import msgspec
 
 from gateway.app import Stores, build_pod, build_worker
 from gateway.dev.demo import demo_routes
-from gateway.dev.servers.ports import ServerError, free_port, port_is_free
+from gateway.dev.servers.ports import PortTaken, ServerError, free_port, port_is_free
 from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.process import Server
 from gateway.dev.servers.redis import RedisServer
@@ -30,8 +31,10 @@ from persistence.worker import Worker
 
 REDIS_PORT = 6390
 POSTGRES_PORT = 5490
+PORT_ATTEMPTS = 5
 DRAIN_S = 10.0
 MIGRATE_S = 10.0
+ServerT = TypeVar("ServerT", bound=Server)
 DEMO = {"delay_ms": 700, "chunks": 14}
 """So that a newcomer sees the demo agent write."""
 
@@ -58,15 +61,14 @@ async def run_dev(options: DevOptions, environment: Mapping[str, str]) -> None:
         variables = {name: value for name, value in environment.items() if name.startswith("GATEWAY_")}
         shown: dict[str, str] = {}
         if not variables.get("GATEWAY_REDIS_URL"):
-            redis = RedisServer(options.data / "redis", _port(REDIS_PORT))
-            await _start(stack, redis)
+            redis = await _start(stack, REDIS_PORT, lambda port: RedisServer(options.data / "redis", port))
             variables["GATEWAY_REDIS_URL"] = redis.url
             shown["redis"] = f"{_redis_cli()} -p {redis.port}"
         if interrupted.is_set():
             return
         if not variables.get("GATEWAY_DATABASE_URL"):
-            postgres = PostgresServer(options.data / "postgres", _port(POSTGRES_PORT), database="gateway")
-            await _start(stack, postgres)
+            folder = options.data / "postgres"
+            postgres = await _start(stack, POSTGRES_PORT, lambda port: PostgresServer(folder, port, database="gateway"))
             variables["GATEWAY_DATABASE_URL"] = postgres.url
             psql = "psql" if shutil.which("psql") else shlex.quote(_shown_path(postgres.psql))
             shown["postgres"] = f"{psql} {postgres.url}"
@@ -89,14 +91,22 @@ async def run_dev(options: DevOptions, environment: Mapping[str, str]) -> None:
         print("stopping", file=sys.stderr)
 
 
-async def _start(stack: AsyncExitStack, server: Server) -> None:
-    """Starts a server that stops with the stack."""
-    stack.callback(server.stop)
-    await asyncio.to_thread(server.start)
+async def _start(stack: AsyncExitStack, preferred_port: int, make: Callable[[int], ServerT]) -> ServerT:
+    """Starts a server that stops with the stack: on the preferred port, or on another one where a program has that.
 
-
-def _port(preferred: int) -> int:
-    return preferred if port_is_free(preferred) else free_port()
+    It may be taken while the server starts, say by a second development server: making a database takes seconds.
+    """
+    port = preferred_port if port_is_free(preferred_port) else free_port()
+    for _ in range(PORT_ATTEMPTS):
+        server = make(port)
+        try:
+            await asyncio.to_thread(server.start)
+        except PortTaken:
+            port = free_port()
+            continue
+        stack.callback(server.stop)
+        return server
+    raise ServerError(f"other programs took {PORT_ATTEMPTS} ports, one after the other; the last was {server.port}")
 
 
 def _redis_cli() -> str:

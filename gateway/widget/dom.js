@@ -1,6 +1,10 @@
-/** Making elements and style sheets without markup: nothing here needs more than the host page's script-src. */
+/** Making elements and style sheets without markup, so that a page needs nothing but its script-src. */
 
-/** @param {string} tag @param {Record<string, string>} attributes @param {...(Node | string)} children  strings become text @returns {HTMLElement} */
+/**
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag @param {Record<string, string>} attributes @param {...(Node | string)} children  strings become text
+ * @returns {HTMLElementTagNameMap[Tag]}
+ */
 export function el(tag, attributes, ...children) {
   const node = document.createElement(tag);
   for (const [name, value] of Object.entries(attributes)) node.setAttribute(name, value);
@@ -8,13 +12,23 @@ export function el(tag, attributes, ...children) {
   return node;
 }
 
-/** @param {string} label @param {string} className @param {...(Node | string)} children @returns {HTMLButtonElement} named by its text, or by the label */
+/**
+ * A button, named by its text or else by the label.
+ * @param {string} label @param {string} className @param {...(Node | string)} children
+ */
 export function button(label, className, ...children) {
-  const named = { type: 'button', class: className, ...(children.length ? { 'aria-label': label, title: label } : {}) };
-  return /** @type {HTMLButtonElement} */ (el('button', /** @type {Record<string, string>} */ (named), ...(children.length ? children : [label])));
+  const made = el('button', { type: 'button', class: className }, ...(children.length ? children : [label]));
+  if (children.length) rename(made, label);
+  return made;
 }
 
-/** @param {string} strokes  an SVG path on a grid of 24 by 24 @returns {SVGElement} */
+/** Give a button another accessible name and the same tooltip. @param {HTMLButtonElement} button @param {string} label */
+export function rename(button, label) {
+  button.setAttribute('aria-label', label);
+  button.title = label;
+}
+
+/** @param {string} strokes  an SVG path on a grid of 24 by 24 */
 export function icon(strokes) {
   const namespace = 'http://www.w3.org/2000/svg';
   const svg = document.createElementNS(namespace, 'svg');
@@ -26,14 +40,20 @@ export function icon(strokes) {
   return svg;
 }
 
-/** A style sheet that works under a strict Content-Security-Policy, unlike a style element. @param {string} rules */
+/**
+ * A style sheet for `adoptedStyleSheets`: unlike a style element, it works under a strict Content-Security-Policy.
+ * @param {string} rules
+ */
 export function sheet(rules) {
   const made = new CSSStyleSheet();
   made.replaceSync(rules);
   return made;
 }
 
-/** Black or white, whichever is easier to read on a colour: always 4.5 to 1 or better (WCAG 2.2, 1.4.3). @param {HTMLElement} probe  shows the colour */
+/**
+ * Black or white, whichever contrasts more with a colour: always 4.5 to 1 or better (WCAG 2.2, 1.4.3).
+ * @param {HTMLElement} probe  has that background
+ */
 export function readableOn(probe) {
   const found = /^rgba?\((\d+), (\d+), (\d+)/.exec(getComputedStyle(probe).backgroundColor);
   if (!found) return '#fff';

@@ -1,32 +1,37 @@
 /**
- * Answers as a safe subset of Markdown. The parser (streaming-markdown) takes the text as it comes and calls for
- * elements and text; the page gets elements that are made here, from a fixed list, and text nodes. No HTML is ever parsed,
- * so there is none to sanitize: what looks like a tag is shown as it is written. Images are links, for loading one would
- * tell a third party of the visitor.
+ * Renders answers as a safe subset of Markdown, while they grow.
  *
- * What is rendered stays as it is and only grows; a long text is taken in slices, so that the page stays responsive. A mark
- * that goes on for pages is none, and thousands of them are no text: such an answer is shown as it was written.
+ * The parser (streaming-markdown) calls back with elements and text; elements are made here, from a fixed list, and all
+ * else becomes text nodes. No HTML is ever parsed, so there is none to sanitize: a tag is shown as it is written. An image
+ * becomes a link, because loading it would tell a third party about the visitor.
+ *
+ * Rendered elements are never made again. A long text is taken in slices, so that the page stays responsive. An answer with
+ * marks that span pages, or with thousands of elements, is shown as plain text.
  */
 
-import * as md from './streaming-markdown.js';
+import * as md from './vendor/streaming-markdown.js';
 
 /** @typedef {{node: HTMLElement, token: number, start: string, href?: string}} Open  an element that still grows */
 
 const SLICE_CHARS = 2000;
 const SLICE_MS = 12;
-const DEEPEST = 16; // the parser has room for 24
-const LONGEST_MARK = 4000; // the parser looks at an unfinished one again with each character
-const MOST_ELEMENTS = 8000; // and columns: laying them out again and again would hold up the page
+// The parser has room for 24 levels.
+const DEEPEST = 16;
+// The parser scans an unfinished mark again with each character.
+const LONGEST_MARK = 4000;
+// More of them would make each layout hold up the page.
+const MOST_ELEMENTS = 8000;
 const MOST_COLUMNS = 50;
 const PLAIN_BLOCK = 4000;
-/** @type {number[]} where text stands as it was written, and the parser keeps the newest character until it has seen the next */
+/** @type {number[]} tokens whose text may be shown before the parser is sure of the newest character */
 const FLOWING = [md.PARAGRAPH, md.HEADING_1, md.HEADING_2, md.HEADING_3, md.HEADING_4, md.HEADING_5, md.HEADING_6, md.ITALIC_AST, md.ITALIC_UND,
   md.STRONG_AST, md.STRONG_UND, md.STRIKE, md.LIST_ITEM, md.TABLE_CELL, md.BLOCKQUOTE];
 
 /** @type {Record<number, string>} */
 const TAGS = {
   [md.PARAGRAPH]: 'p',
-  [md.HEADING_1]: 'h3', // below the heading of the chat
+  // Below the heading of the chat.
+  [md.HEADING_1]: 'h3',
   [md.HEADING_2]: 'h4',
   [md.HEADING_3]: 'h5',
   [md.HEADING_4]: 'h6',
@@ -64,10 +69,12 @@ const WIDE = [md.CODE_BLOCK, md.CODE_FENCE, md.EQUATION_BLOCK, md.TABLE];
 /** @param {string} href @returns {string | null} the address, if a link may lead there */
 export function safeAddress(href) {
   try {
-    const url = new URL(href.trim().replace(/\s+["'(].*$/s, '')); // [text](address "title")
+    // The address may be followed by a title.
+    const url = new URL(href.trim().replace(/\s+["'(].*$/s, ''));
     return ['http:', 'https:', 'mailto:'].includes(url.protocol) ? url.href : null;
   } catch {
-    return null; // relative: a model knows nothing of the host page's addresses
+    // A relative address: a model does not know the host page's.
+    return null;
   }
 }
 
@@ -83,9 +90,11 @@ export class MarkdownView {
   /** @type {ReturnType<typeof setTimeout> | undefined} */
   #timer;
   #whole = false;
-  #pending = ''; // text that is not on the page yet: adding to a long text bit by bit would be slow
+  // Text to be added in one piece: adding to a long text bit by bit would be slow.
+  #pending = '';
   #last = '';
-  #tail = document.createTextNode(''); // what the parser keeps back
+  // Shows the characters that the parser still holds back.
+  #tail = document.createTextNode('');
   #plain = false;
   #elements = 0;
   #columns = 0;
@@ -140,23 +149,25 @@ export class MarkdownView {
       const { pending } = this.#parser;
       if (/^(\]\(|<)/.test(pending)) this.#add(pending.trimEnd());
       for (const { node, token, href } of this.#open) {
-        if (token === md.LINK && href === undefined) node.prepend('['); // a link that never ended
+        // This link never ended.
+        if (token === md.LINK && href === undefined) node.prepend('[');
       }
     }
     this.#flush();
     if (!this.#whole) this.#showTail();
   }
 
-  /** Show what the parser keeps back, where it will turn out to be text, or else go away again with the next character. */
+  /** Show the characters that the parser holds back, where they will be text; the next slice takes them away again. */
   #showTail() {
     const { pending, token } = this.#parser;
     if (!/^[\p{L}\p{N}\p{P}\p{S}]{1,8}$/u.test(pending) || /^[\\<`_*~$[\]!|#>+-]/.test(pending) || !FLOWING.includes(this.#top.token)) return;
-    if (token === md.LINE_BREAK) return; // it may become the mark of a list
+    // They may become the mark of a list.
+    if (token === md.LINE_BREAK) return;
     this.#tail.data = pending;
     this.#top.node.append(this.#tail);
   }
 
-  /** Give up: the whole text as it was written. */
+  /** Show the whole text as it was written. */
   #giveUp() {
     this.#begin();
     this.#plain = true;
@@ -164,7 +175,7 @@ export class MarkdownView {
     this.#addPlain(this.#text);
   }
 
-  /** In blocks, so that what is there already is not laid out again. @param {string} text */
+  /** In blocks, so that earlier text is not laid out again. @param {string} text */
   #addPlain(text) {
     let block = this.#root.lastElementChild;
     for (let at = 0; at < text.length; ) {
@@ -184,7 +195,7 @@ export class MarkdownView {
   #write(part) {
     if (this.#plain) return this.#addPlain(part);
     for (const [line] of part.matchAll(/[^\n]*\n?/g)) {
-      // The parser's room is limited. A few characters cannot fill it; what is nested deeper goes on as plain text.
+      // A few characters at a time cannot exceed the parser's levels; deeper nesting is shown as plain text.
       for (let at = 0; at < line.length; at += DEEPEST / 2) {
         const bit = line.slice(at, at + DEEPEST / 2);
         if (this.#parser.len >= DEEPEST) this.#add(bit);
@@ -208,12 +219,13 @@ export class MarkdownView {
     let start = '';
     let inner = node;
     if (token === md.ITALIC_UND && /[\p{L}\p{N}]/u.test(this.#last)) {
-      node = inner = document.createElement('span'); // snake_case is no emphasis
+      // The underscore of snake_case is no emphasis.
+      node = inner = document.createElement('span');
       node.append((start = '_'));
     }
     if (token === md.IMAGE) node.append('🖼 ');
     if (WIDE.includes(token)) {
-      // scrolls by itself, by keyboard too
+      // It scrolls by itself, by keyboard too.
       const outer = document.createElement('div');
       outer.className = token === md.TABLE ? 'wide' : 'wide code';
       outer.tabIndex = 0;
@@ -228,11 +240,12 @@ export class MarkdownView {
 
   #end() {
     this.#flush();
-    const { node, token, start, href } = /** @type {Open} */ (this.#open.pop());
+    const { node, token, start, href } = this.#top;
+    this.#open.pop();
     if (start && this.#parser.pending[0] === '_') node.append('_');
     this.#last = '';
     if (!LINKS.includes(token) || href) return;
-    // Not a link after all, or one that leads where none may: its text, in a plain element.
+    // No link after all, or one to a forbidden address: show its text in a plain element.
     const plain = document.createElement('span');
     if (token !== md.RAW_URL && href === undefined) node.prepend('[');
     if (token !== md.RAW_URL && href === undefined && this.#parser.pending[0] === ']') node.append(']');
@@ -261,12 +274,13 @@ export class MarkdownView {
       const href = safeAddress(open.token === md.RAW_URL ? value.replace(/[.,;:!?)\]}'"*]+$/, '') : value);
       open.href = href ?? '';
       if (!href) return;
-      const link = /** @type {HTMLAnchorElement} */ (open.node);
+      /** @type {any} an HTMLAnchorElement */
+      const link = open.node;
       link.href = href;
       link.target = '_blank';
       link.rel = 'noopener noreferrer';
     } else if (kind === md.START) {
-      /** @type {HTMLOListElement} */ (open.node).start = Number.parseInt(value, 10) || 1;
+      open.node.setAttribute('start', String(Number.parseInt(value, 10) || 1));
     } else if (kind === md.CHECKED) {
       open.node.textContent = '☑';
     }

@@ -1,5 +1,6 @@
 /**
- * The gateway's HTTP calls: messages, streams that resume by themselves, transcripts.
+ * The gateway's HTTP calls: messages, streams that resume by themselves, history. The chat uses them, and so do sites with an
+ * interface of their own.
  *
  * Every failure is an AgentError. A message keeps its message_id over all attempts, so the gateway never answers it twice;
  * a session that ended or was lost is replaced by a new one on the way.
@@ -7,7 +8,10 @@
 
 import { SessionManager, randomHex } from './session.js';
 
-/** @typedef {{id: string, role: string, content: string, seq: number, turn_id: string, created_at: string, message_id?: string}} Message */
+/**
+ * @typedef {{id: string, role: string, content: string, seq: number, turn_id: string, created_at: string,
+ *   message_id?: string}} Message
+ */
 /** @typedef {{messages: Message[], next_before: number | null}} History  messages, oldest first */
 /** @typedef {{response: string, metadata: Record<string, any>}} Answer */
 /**
@@ -19,18 +23,25 @@ import { SessionManager, randomHex } from './session.js';
  */
 
 const CALL_TIMEOUT_MS = 15_000;
-const SEND_TIMEOUT_MS = 300_000; // longer than the gateway lets a turn wait and run: the gateway's own error comes first
-const SILENCE_MS = 40_000; // the gateway sends a heartbeat every 15 s
+// Longer than a turn may wait and run at the gateway, so that the gateway's own error comes first.
+const SEND_TIMEOUT_MS = 300_000;
+// The gateway sends a heartbeat every 15 s.
+const SILENCE_MS = 40_000;
 const ATTEMPTS = 8;
 const LONGEST_WAIT_S = 20;
-const LONGEST_ASKED_S = 120; // whoever is to wait for longer is told so instead
+// A longer Retry-After is an error for the visitor to see.
+const LONGEST_ASKED_S = 120;
 const TERMINAL = ['turn.completed', 'turn.failed', 'turn.cancelled'];
-/** What passes by itself, so that the same message is sent again without asking the visitor. */
-const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited', 'agent_busy', 'too_many_streams'];
+// Codes of problems that pass by themselves: the same message is sent again without asking the visitor.
+const PASSING = ['unreachable', 'turn_lost', 'turn_in_progress', 'turn_superseded', 'queue_full', 'rate_limited', 'agent_busy',
+  'too_many_streams'];
 
 /** What the gateway answered instead of a result (RFC 9457), or `unreachable` when there was no answer at all. */
 export class AgentError extends Error {
-  /** @param {{code: string, title: string, status?: number, retryAfter?: number | null, retryable?: boolean}} problem  retryAfter in seconds */
+  /**
+   * @param {{code: string, title: string, status?: number, retryAfter?: number | null, retryable?: boolean}} problem
+   *   retryAfter in seconds
+   */
   constructor({ code, title, status = 0, retryAfter = null, retryable = false }) {
     super(title);
     this.name = 'AgentError';
@@ -41,7 +52,7 @@ export class AgentError extends Error {
     this.retryable = retryable;
   }
 
-  /** Whether to try again by itself. */
+  /** Whether to try again without asking. */
   get passes() {
     return PASSING.includes(this.code) || [502, 503, 504].includes(this.status) && !this.code.startsWith('graph') && this.code !== 'turn_timeout';
   }
@@ -52,7 +63,7 @@ const unreachable = () => new AgentError({ code: 'unreachable', title: 'No conne
 /** Exponential backoff with full jitter. @param {number} attempt  from 0 @returns {number} seconds */
 const backoff = (attempt) => 0.2 + Math.random() * Math.min(LONGEST_WAIT_S, 0.5 * 2 ** attempt);
 
-/** Never sooner than the gateway asks for, and not all at that same moment. @param {unknown} error @param {number} attempt @returns {number} seconds */
+/** Not before Retry-After, with jitter. @param {unknown} error @param {number} attempt @returns {number} seconds */
 const waitFor = (error, attempt) => Math.max(error instanceof AgentError ? error.retryAfter ?? 0 : 0, backoff(attempt));
 
 /** @param {AgentError} problem */
@@ -60,7 +71,10 @@ const tooLong = (problem) => (problem.retryAfter ?? 0) > LONGEST_ASKED_S;
 
 const offline = () => globalThis.navigator?.onLine === false;
 
-/** Wait, at most until the browser is online again. @param {number} seconds @param {AbortSignal} [signal] @returns {Promise<void>} */
+/**
+ * Wait, at most until the browser is online again.
+ * @param {number} seconds @param {AbortSignal} [signal] @returns {Promise<void>}
+ */
 const pause = (seconds, signal) =>
   new Promise((resolve, reject) => {
     const stop = () => {
@@ -76,16 +90,23 @@ const pause = (seconds, signal) =>
     if (signal?.aborted) abort();
   });
 
-/** Server-Sent Events (WHATWG HTML, section 9.2) of a response. @param {Response} response @param {{id: string}} cursor  kept up to date */
+/**
+ * Server-Sent Events (WHATWG HTML, section 9.2) of a response.
+ * @param {Response} response @param {{id: string}} cursor  kept up to date @returns {AsyncGenerator<TurnEvent, void, void>}
+ */
 async function* readEvents(response, cursor) {
-  const reader = /** @type {ReadableStream<Uint8Array>} */ (response.body).pipeThrough(/** @type {any} */ (new TextDecoderStream())).getReader();
+  /** @type {any} */
+  const { body } = response;
+  /** @type {ReadableStreamDefaultReader<string>} */
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   /** @type {any} */
   let timer;
   let rest = '';
   try {
     for (;;) {
+      /** @type {Promise<never>} */
       const silence = new Promise((_, reject) => (timer = setTimeout(() => reject(unreachable()), SILENCE_MS)));
-      const { done, value } = await /** @type {Promise<{done: boolean, value: string}>} */ (Promise.race([reader.read(), silence]));
+      const { done, value } = await Promise.race([reader.read(), silence]);
       clearTimeout(timer);
       if (done) return;
       const blocks = (rest + value).split('\n\n');
@@ -98,7 +119,7 @@ async function* readEvents(response, cursor) {
           if (colon > 0) field[line.slice(0, colon)] = line.slice(colon + 2);
         }
         if (field.id) cursor.id = field.id;
-        if (field.event) yield /** @type {TurnEvent} */ ({ ...JSON.parse(field.data ?? '{}'), type: field.event });
+        if (field.event) yield { ...JSON.parse(field.data ?? '{}'), type: field.event };
       }
     }
   } finally {
@@ -107,7 +128,10 @@ async function* readEvents(response, cursor) {
   }
 }
 
-/** @typedef {string | (() => string | null | Promise<string | null>) | null} UserToken  what the site signed for a user who is logged in, or what fetches it */
+/**
+ * @typedef {string | (() => string | null | Promise<string | null>) | null} UserToken  what the site signed for a user
+ *   who is logged in, or what fetches it
+ */
 
 export class AgentService {
   #base;
@@ -146,7 +170,7 @@ export class AgentService {
 
   /**
    * Send one message; its events as they come, the last one `turn.completed`, `turn.failed` or `turn.cancelled`.
-   * A cut stream is resumed, a lost turn begun again (`log.reset`: forget the text so far), a lost session replaced.
+   * A cut stream is resumed, a lost turn is started again (`log.reset`: forget the text so far), a lost session is replaced.
    * @param {string} agentId @param {string} message @param {{messageId?: string, signal?: AbortSignal}} [options]
    * @returns {AsyncGenerator<TurnEvent, void, void>}
    */
@@ -170,7 +194,8 @@ export class AgentService {
           yield event;
           if (TERMINAL.includes(event.type)) return;
         }
-        throw unreachable(); // cut without a last word: resume
+        // Cut before the terminal event: resume.
+        throw unreachable();
       } catch (error) {
         if (signal?.aborted) throw error;
         const problem = error instanceof AgentError ? error : unreachable();
@@ -179,7 +204,7 @@ export class AgentService {
           yield { type: 'session.replaced' };
         } else if (problem.code === 'unreachable' || problem.passes || (turnId && problem.status === 404)) {
           if (tooLong(problem) || (!offline() && (failures += 1) > ATTEMPTS)) throw problem;
-          // Behind a turn that is no more, the same message is sent anew: the gateway knows whether it was answered.
+          // The turn is gone: the same message is sent again, and the gateway knows whether it was answered.
           if (turnId && (problem.code !== 'unreachable' && problem.status !== 503)) turnId = cursor.id = '';
           const wait_s = waitFor(problem, failures);
           lost = true;
@@ -195,8 +220,8 @@ export class AgentService {
   }
 
   /**
-   * A session's turns as they happen, from now on, whoever began them; goes on until the signal, or until there is no
-   * such session (any more). `feed.opened` comes first and after each reconnection: read the transcript then.
+   * The session's turns as they happen, whoever started them, until the signal or the session's end. `feed.opened` comes
+   * first and after each reconnection: the history is to be read then.
    * @param {{signal?: AbortSignal}} [options] @returns {AsyncGenerator<TurnEvent, void, void>}
    */
   async *watch({ signal } = {}) {
@@ -273,8 +298,8 @@ export class AgentService {
   }
 
   /**
-   * Where an error says that the session is over or is not ours, begin another: one of our own making, or, for agents
-   * that insist on it, one that the gateway mints.
+   * Where an error says that the session is over or is not this visitor's, begin another: with an id made here, or, for an
+   * agent with `require_token`, with one that the gateway mints.
    * @param {string} agentId @param {unknown} error @param {string} sessionId @param {number} replaced  how often already
    * @returns {Promise<boolean>}
    */
@@ -282,7 +307,7 @@ export class AgentService {
     if (!(error instanceof AgentError) || replaced > 1) return false;
     const over = error.status === 410 || error.code === 'session_not_found' || error.code.startsWith('session_token');
     if (!over) return false;
-    // Another tab may have begun the next session already: then join it.
+    // Another tab may have begun the next session already, which is then joined.
     if (this.#session.findSessionId() === sessionId) this.#session.clearSession();
     if (replaced === 1 || error.code === 'session_token_required') {
       const metadata = this.#session.getSessionMetadata();
@@ -302,7 +327,10 @@ export class AgentService {
     };
   }
 
-  /** @param {string} method @param {string} path @param {object} [body] @param {AbortSignal} [signal] @param {number} [timeoutMs] @returns {Promise<any>} */
+  /**
+   * @param {string} method @param {string} path @param {object} [body] @param {AbortSignal} [signal]
+   * @param {number} [timeoutMs] @returns {Promise<any>}
+   */
   async #json(method, path, body, signal, timeoutMs = CALL_TIMEOUT_MS) {
     const stop = new AbortController();
     const abort = () => stop.abort();
@@ -321,7 +349,10 @@ export class AgentService {
     }
   }
 
-  /** @param {string} method @param {string} path @param {{body?: object, signal?: AbortSignal, cursor?: string}} options @returns {Promise<Response>} a good one */
+  /**
+   * @param {string} method @param {string} path @param {{body?: object, signal?: AbortSignal, cursor?: string}} options
+   * @returns {Promise<Response>} a good one
+   */
   async #fetch(method, path, { body, signal, cursor }) {
     /** @type {Record<string, string>} */
     const headers = {};
@@ -331,7 +362,7 @@ export class AgentService {
     if (token) headers.Authorization = `Bearer ${token}`;
     let response;
     try {
-      // Asked for with each call: it is the site that knows when a token has run out.
+      // Fetched for each call: the site knows when a token has expired.
       const userToken = typeof this.#userToken === 'function' ? await this.#userToken() : this.#userToken;
       if (userToken) headers['X-User-Token'] = userToken;
       response = await fetch(this.#base + path, { method, headers, body: body && JSON.stringify(body), signal, credentials: 'omit' });
@@ -340,7 +371,8 @@ export class AgentService {
       throw unreachable();
     }
     if (response.ok) return response;
-    const problem = await response.json().catch(() => null); // a proxy's error page, say, is no JSON
+    // A proxy's error page is no JSON.
+    const problem = await response.json().catch(() => null);
     const seconds = Number(problem?.retry_after ?? response.headers.get('Retry-After') ?? NaN);
     throw new AgentError({
       code: problem?.code ?? 'bad_answer',

@@ -1,9 +1,12 @@
 /**
- * The visitor's session: its id, and the message that is on its way, in localStorage; in memory where storage is blocked
- * or there is no window. Read anew each time: another tab may have written.
+ * The visitor's session: its id, its token, and the message that waits for its answer. In localStorage, read anew each time,
+ * because other tabs write there too; in memory where storage is blocked or there is no window.
  */
 
-/** @typedef {{sessionId: string, messageId: string, text: string, failed?: boolean}} Pending  sent, and not answered yet */
+/**
+ * @typedef {{sessionId: string, messageId: string, text: string, failed?: boolean}} Pending  a message that waits for
+ *   its answer
+ */
 
 const ID = /^[A-Za-z0-9_.:-]{16,255}$/;
 
@@ -15,7 +18,7 @@ export class SessionManager {
   /** @type {Map<string, SessionManager>} */
   static #instances = new Map();
   #key;
-  /** @type {Map<string, string>} what could not be stored */
+  /** @type {Map<string, string>} values that could not be stored */
   #memory = new Map();
 
   /** @param {string} key  the name in localStorage */
@@ -24,8 +27,8 @@ export class SessionManager {
   }
 
   /**
-   * One per agent, because the gateway binds a session to its agent. On a server, which has many visitors, each call makes
-   * another. @param {string} [agentId] @returns {SessionManager}
+   * One per agent, because the gateway binds a session to its agent. Without a window, as on a server with its many
+   * visitors, each call makes a new one. @param {string} [agentId] @returns {SessionManager}
    */
   static getInstance(agentId = '') {
     const key = agentId ? `gateway_session:${agentId}` : 'gateway_session';
@@ -41,7 +44,7 @@ export class SessionManager {
     return found !== null && ID.test(found) ? found : null;
   }
 
-  /** @returns {string} the id, made up on first use; it is the secret of the session, hence 128 random bits */
+  /** @returns {string} the id, made on first use: 128 random bits, for it is the session's secret */
   getSessionId() {
     const found = this.findSessionId();
     if (found) return found;
@@ -120,9 +123,10 @@ export class SessionManager {
       if (value === null) return;
       this.#memory.set(part, value);
       try {
-        localStorage.removeItem(this.#key + part); // where it is full, what was there before must not be read again
+        // Storage is full: the former value must not be read again.
+        localStorage.removeItem(this.#key + part);
       } catch {
-        // storage is blocked
+        // Storage is blocked.
       }
     }
   }

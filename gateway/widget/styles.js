@@ -1,4 +1,4 @@
-/** The looks of the open chat. Sizes in px: the host page's font size is not ours. */
+/** The style sheet of the open chat. Sizes are in px, because em and rem would follow the host page. */
 
 export const STYLE = `
 .panel { --paper: #fff; --ink: #1a201e; --soft: #59635f; --line: #e2e7e4; --bubble: #f1f4f2; --alarm: #b3261e; --well: #e7ecea;
@@ -21,9 +21,8 @@ button:disabled { cursor: default; }
 .panel :focus-visible { outline: 2px solid var(--ink); outline-offset: 2px; }
 .sr { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); white-space: nowrap; }
 
-header { flex: none; display: flex; align-items: center; gap: 4px; padding: 14px 12px 14px 20px; background: var(--accent);
+header { flex: none; display: flex; align-items: center; gap: 4px; padding-block: 14px; padding-inline: 20px 12px; background: var(--accent);
   color: var(--on-accent); }
-[dir=rtl] header { padding: 14px 20px 14px 12px; }
 h2 { flex: 1; min-width: 0; font-weight: 650; font-size: 17px; line-height: 1.3; overflow: hidden; text-overflow: ellipsis;
   white-space: nowrap; }
 header button { width: 38px; height: 38px; display: grid; place-items: center; border-radius: 50%; transition: background .15s; }
@@ -36,7 +35,7 @@ header svg { width: 21px; height: 21px; }
 .pill { padding: 5px 13px; border-radius: 99px; border: 1px solid var(--soft); font-size: 13.5px; font-weight: 550; }
 .pill:hover { background: color-mix(in srgb, var(--ink) 9%, transparent); }
 .pill.main { background: var(--ink); border-color: var(--ink); color: var(--paper); }
-.panel .pill.main:hover { opacity: .88; }
+.pill.main:hover { opacity: .88; }
 
 .log { flex: 1; min-height: 0; overflow-y: auto; overscroll-behavior: contain; scrollbar-width: thin; padding: 20px 16px 8px;
   display: flex; flex-direction: column; gap: 4px; }
@@ -72,7 +71,6 @@ header svg { width: 21px; height: 21px; }
 .latest { position: absolute; left: 50%; bottom: 84px; transform: translateX(-50%); display: flex; gap: 6px; align-items: center;
   padding: 7px 14px; border-radius: 99px; font-size: 13px; font-weight: 550; background: var(--ink); color: var(--paper);
   box-shadow: 0 4px 16px rgb(0 0 0 / .25); }
-.panel .latest { color: var(--paper); }
 .latest svg { width: 15px; height: 15px; }
 
 .text > * + *, .text li > * + *, .text blockquote > * + * { margin-top: 9px; }
@@ -103,12 +101,11 @@ form { flex: none; position: relative; padding: 8px 12px calc(12px + env(safe-ar
 textarea { flex: 1; min-width: 0; min-height: 40px; max-height: 140px; padding: 9px 4px 9px 14px; border: 0; resize: none; background: none;
   font-size: 16px; line-height: 22px; field-sizing: content; overflow-y: auto; scrollbar-width: thin; }
 [dir=rtl] textarea { padding: 9px 14px 9px 4px; }
-.panel textarea { font-size: 16px; line-height: 22px; }
 .panel textarea:focus-visible { outline: none; }
 textarea::placeholder { color: var(--soft); opacity: 1; }
-.send { flex: none; width: 40px; height: 40px; display: grid; place-items: center; border-radius: 50%; transition: background .15s, color .15s; }
-.panel .send { background: var(--accent); color: var(--on-accent); }
-.panel .send[aria-disabled=true] { cursor: default; background: var(--well); color: var(--soft); }
+.send { flex: none; width: 40px; height: 40px; display: grid; place-items: center; border-radius: 50%; background: var(--accent);
+  color: var(--on-accent); transition: background .15s, color .15s; }
+.send[aria-disabled=true] { cursor: default; background: var(--well); color: var(--soft); }
 .send svg { width: 20px; height: 20px; stroke-width: 2.2; }
 .send .square { fill: currentColor; }
 

@@ -50,9 +50,9 @@ export interface MountOptions {
   color?: string;
   /** Of the launcher. Default: right. */
   position?: 'right' | 'left';
-  /** `auto`: as the visitor's system has it. */
+  /** `auto`: the visitor's system's. */
   theme?: 'auto' | 'light' | 'dark';
-  /** `ar`, `de`, `en`, `es` or `fr`. Default: the page's, and English where it is another. */
+  /** One of the folder `texts`. Default: the page's, and English where that is not there. */
   lang?: string;
   /** Default: that of `lang`, else the page's. */
   dir?: 'ltr' | 'rtl';
@@ -64,7 +64,7 @@ export interface MountOptions {
   target?: HTMLElement;
   /** The gateway's address, if it is not where this module came from. */
   base?: string;
-  /** Who the visitor is, where the site has users of its own. */
+  /** Proves who the visitor is, where the site has users of its own. */
   userToken?: UserToken;
 }
 
@@ -80,7 +80,7 @@ export interface Chat {
   setUserToken(userToken: UserToken): void;
 }
 
-/** Puts the chat on the page; one that is there already, of this agent at this place, is given back as it is. */
+/** Puts the chat on the page; a chat of this agent at this place that is there already is returned as it is. */
 export function mount(options: MountOptions): Chat;
 
 export interface SessionMetadata {
@@ -98,7 +98,7 @@ export class SessionManager {
   getSessionId(): string;
   /** The id if there is one; makes none. */
   findSessionId(): string | null;
-  /** Takes a session that the gateway minted (`POST /api/sessions`). */
+  /** Stores a session that the gateway minted (`POST /api/sessions`). */
   setSession(sessionId: string, token: string): void;
   /** Forgets the session: the next message begins a new one. */
   clearSession(): void;
@@ -133,7 +133,7 @@ export type TurnEvent =
   | { type: 'turn.completed'; response: string; metadata: Record<string, any> }
   | { type: 'turn.failed'; code: string; title: string; retryable: boolean }
   | { type: 'turn.cancelled' }
-  /** Forget the text so far: it comes anew. */
+  /** Forget the text so far: it is sent again. */
   | { type: 'log.reset' }
   /** The session was over; the message opened a new one. */
   | { type: 'session.replaced' }
@@ -142,7 +142,7 @@ export type TurnEvent =
   | { type: 'connection.lost'; wait_s: number }
   | { type: 'connection.restored' };
 
-/** What the gateway answered instead of a result; `code` is `unreachable` when there was no answer at all. */
+/** A problem that the gateway answered with; `code` is `unreachable` where there was no answer. */
 export class AgentError extends Error {
   constructor(problem: { code: string; title: string; status?: number; retryAfter?: number | null; retryable?: boolean });
   code: string;
@@ -159,7 +159,7 @@ export interface SendOptions {
   signal?: AbortSignal;
 }
 
-/** The gateway's HTTP calls. What passes by itself is tried again, with backoff; every failure left is an AgentError. */
+/** The gateway's HTTP calls. Problems that pass by themselves are retried with backoff; any other failure is an AgentError. */
 export class AgentService {
   constructor(options?: { base?: string; session?: SessionManager; userToken?: UserToken });
   /** Who the visitor is from now on; null: nobody that the site knows. */
@@ -167,7 +167,7 @@ export class AgentService {
   sendMessage(agentId: string, message: string, options?: SendOptions): Promise<Answer>;
   /** Ends with `turn.completed`, `turn.failed` or `turn.cancelled`; resumes by itself. */
   streamMessage(agentId: string, message: string, options?: SendOptions): AsyncGenerator<TurnEvent, void, void>;
-  /** The session's turns as they happen, whoever began them, until the signal or the session's end. */
+  /** The session's turns as they happen, whoever started them, until the signal or the session's end. */
   watch(options?: { signal?: AbortSignal }): AsyncGenerator<TurnEvent, void, void>;
   /** Stops the answer that is being made; false when there was none. */
   cancel(agentId: string): Promise<boolean>;

@@ -1,5 +1,6 @@
 """One page as desktops and phones show it, light and dark: screenshots for people to look at, and what axe-core says."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -7,6 +8,7 @@ from axe_playwright_python.async_playwright import Axe
 
 from tests.browser.visits import DESKTOP, PHONE, Scheme, Visit
 
+AXE_S = 30
 SCHEMES: tuple[Scheme, ...] = ("light", "dark")
 
 
@@ -23,7 +25,8 @@ async def check(visit: Visit) -> None:
     """No violations, best practices included."""
     # What is still fading in has not the colours yet that it will have.
     await visit.come_in()
-    found = complaints((await Axe().run(visit.page)).response)
+    async with asyncio.timeout(AXE_S):  # it has no limit of its own
+        found = complaints((await Axe().run(visit.page)).response)
     assert not found, "\n".join(found)
 
 

@@ -62,9 +62,10 @@ class Sites:
 @asynccontextmanager
 async def serve_sites() -> AsyncIterator[Sites]:
     """The sites, served while the context lasts."""
-    sites = Sites(free_port())
+    port = free_port()
+    sites = Sites(port)
     app = Starlette(routes=[Route("/{path:path}", sites.show)])
-    server = QuietServer(uvicorn.Config(app, host=HOST, port=sites._port, log_config=None, ws="none"))
+    server = QuietServer(uvicorn.Config(app, host=HOST, port=port, log_config=None, ws="none"))
     task = asyncio.create_task(server.serve())
     await wait_for(lambda: server.started or task.done(), "the sites are served")
     try:

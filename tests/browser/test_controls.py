@@ -225,8 +225,7 @@ CONTROLS: list[tuple[Scenario, str, str, str]] = [
     (
         a_tag_stays_text,
         "markdown.js",
-        "if (node.lastChild instanceof Text) node.lastChild.appendData(this.#pending);\n"
-        "    else node.append(this.#pending);",
+        "if (node.lastChild instanceof Text) node.lastChild.appendData(this.#pending);\nelse node.append(this.#pending);",
         "node.insertAdjacentHTML('beforeend', this.#pending);",
     ),
     (an_image_is_a_link, "markdown.js", "[md.IMAGE]: 'a'", "[md.IMAGE]: 'img'"),
@@ -236,16 +235,16 @@ CONTROLS: list[tuple[Scenario, str, str, str]] = [
         "agentId ? `gateway_session:${agentId}` : 'gateway_session'",
         "'gateway_session'",
     ),
-    (a_site_that_is_not_allowed_is_told_so, "widget.js", "'domain_not_allowed', ", ""),
+    (a_site_that_is_not_allowed_is_told_so, "launcher.js", "'domain_not_allowed', ", ""),
     (
         it_works_under_a_strict_policy,
-        "widget.js",
-        "root.adoptedStyleSheets = [sheet(LAUNCHER)];",
-        "root.append(el('style', {}, LAUNCHER));",
+        "launcher.js",
+        "root.adoptedStyleSheets = [sheet(STYLE)];",
+        "root.append(el('style', {}, STYLE));",
     ),
     (
         a_message_outlives_its_page,
-        "panel.js",
+        "delivery.js",
         "session.keepPending({ sessionId: session.getSessionId(), messageId, text, failed })",
         "{}",
     ),
@@ -257,16 +256,21 @@ CONTROLS: list[tuple[Scenario, str, str, str]] = [
     ),
     (a_message_is_answered_once, "service.js", "message_id: messageId,", "message_id: randomHex(16),"),
     (what_is_said_while_a_conversation_ends_is_for_the_next, "panel.js", "if (ending) await ending;", ""),
-    (what_the_transcript_has_is_shown_once, "panel.js", "(one) => one.id === id || (one", "(one) => one.id === id && (one"),
-    (an_answer_is_read_out_once, "panel.js", "'aria-live': 'off'", "'aria-live': 'polite'"),
-    (words_being_composed_are_not_sent, "panel.js", " || event.isComposing || event.keyCode === 229", ""),
+    (
+        what_the_transcript_has_is_shown_once,
+        "transcript.js",
+        "(one) => one.id === id || (one",
+        "(one) => one.id === id && (one",
+    ),
+    (an_answer_is_read_out_once, "transcript.js", "'aria-live': 'off'", "'aria-live': 'polite'"),
+    (words_being_composed_are_not_sent, "composer.js", " || event.isComposing || event.keyCode === 229", ""),
     (
         nothing_is_done_before_the_page_is_idle,
         "widget.js",
         "whenIdle(() => mount(optionsOf(dataset)));",
         "mount(optionsOf(dataset));",
     ),
-    (a_hidden_page_holds_no_connection, "panel.js", "document.hidden ? closeFeed() : changed()", "changed()"),
+    (a_hidden_page_holds_no_connection, "panel.js", "document.hidden ? feed.close() : catchUp()", "catchUp()"),
 ]
 
 

@@ -15,8 +15,8 @@ async def dev(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[DevServ
     server = DevServer(tmp_path_factory.mktemp("dev") / "data")
     try:
         yield await server.start()
-    finally:
         await server.stop()
+    finally:
         server.clear()
 
 

@@ -143,6 +143,20 @@ async def test_it_works_under_a_strict_content_security_policy(
     assert [line for line in visit.console if "Content Security Policy" in line and "favicon" not in line] == []
 
 
+async def test_it_works_on_a_page_that_isolates_itself(
+    visitors: Visitors, sites: Sites, gateway: str, spoken: Spoken
+) -> None:
+    """Under such a policy (COEP) a page may load from elsewhere only by CORS, as browsers load modules."""
+    policy = {"Cross-Origin-Embedder-Policy": "require-corp", "Cross-Origin-Opener-Policy": "same-origin"}
+    # Only a secure context can be isolated, and of plain addresses only localhost is one.
+    visit = await visitors.go(sites.put(document(TEXT + tag(gateway)), host="localhost", headers=policy))
+    assert await visit.page.evaluate("crossOriginIsolated")
+    spoken.say("Hello", "Good morning", None)
+    await visit.chat.open()
+    await visit.chat.say("Hello")
+    await expect(visit.chat.saying("Good morning")).to_be_visible()
+
+
 async def test_no_cookies_and_no_third_party_requests(
     visitors: Visitors, sites: Sites, gateway: str, spoken: Spoken
 ) -> None:

@@ -253,7 +253,7 @@ async def test_a_language_that_cannot_be_loaded_is_english(visitors: Visitors, s
     async def refuse(route: Route) -> None:
         await route.abort()
 
-    await visitor.context.route("**/texts-de.js", refuse)
+    await visitor.context.route("**/texts/de.js", refuse)
     visit = await visitor.go(sites.put(document(TEXT + tag(gateway), language='lang="de"')))
     await visit.chat.open()
     await expect(visit.chat.saying("Hello! How can we help?")).to_be_visible()

@@ -10,6 +10,7 @@ from playwright.async_api import Browser, BrowserContext, Locator, Page, Request
 SCREENSHOTS = Path(__file__).parent / "screenshots"
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
+COME_IN_MS = 20_000
 
 Scheme = Literal["light", "dark"]
 
@@ -85,11 +86,15 @@ class Visit:
         await self.page.screenshot(path=SCREENSHOTS / f"{name}.png", animations="disabled", full_page=whole)
 
     async def come_in(self) -> None:
-        """Waits for what is still fading in, which is in the shadow roots too."""
-        await self.page.evaluate("""() => Promise.all([...document.querySelectorAll('*')].filter((one) => one.shadowRoot)
-          .flatMap((one) => one.shadowRoot.getAnimations()).concat(document.getAnimations())
-          .filter((one) => one.effect.getTiming().iterations !== Infinity)
-          .map((one) => one.finished.catch(() => {})))""")
+        """Waits for the end of all animations that have one, in the shadow roots too.
+
+        Their state is looked at, for the promise `finished` of an animation inside a closed `details` is never settled.
+        """
+        running = await self.page.evaluate_handle("""() => [...document.querySelectorAll('*')]
+          .filter((one) => one.shadowRoot).flatMap((one) => one.shadowRoot.getAnimations()).concat(document.getAnimations())
+          .filter((one) => one.effect.getTiming().iterations !== Infinity)""")
+        ended = "(running) => running.every((one) => one.playState !== 'running')"
+        await self.page.wait_for_function(ended, arg=running, timeout=COME_IN_MS)
 
 
 class Visitor:

@@ -30,8 +30,8 @@ async def dev(tmp_path: Path) -> AsyncIterator[StartDev]:
     """Makes a development server on the test's own folder: `await dev("--no-worker").start()`."""
     made: list[DevServer] = []
 
-    def make(*options: str) -> DevServer:
-        made.append(DevServer(tmp_path / "data", *options))
+    def make(*options: str, folder: str = "data") -> DevServer:
+        made.append(DevServer(tmp_path / folder, *options))
         return made[-1]
 
     yield make
@@ -102,6 +102,16 @@ async def test_what_it_prints_works_and_it_stops_whole_and_goes_on_where_it_was(
     assert "the worker is left out" in second.printed
     assert await second.stop(signal.SIGTERM) == 0, second.printed
     check_nothing_is_left(second, [second.port])
+
+
+async def test_two_started_at_once_have_servers_of_their_own(dev: StartDev) -> None:
+    """Each finds the usual ports free, and making its database takes longer than the other needs to take them."""
+    one, other = await asyncio.gather(dev(folder="one").start(), dev(folder="other").start())
+    assert set(one.addresses()).isdisjoint(other.addresses())
+    for server in (one, other):
+        await say_hello(server)
+        await wait_for(lambda server=server: stored(server), "the rows are in Postgres", 10)
+        assert await stored(server) == ["Hello", "You said: Hello"]
 
 
 def redis_cli(server: DevServer) -> str:

@@ -17,7 +17,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from gateway.dev.servers.ports import ServerError, free_port, port_is_free
+from gateway.dev.servers.ports import PortTaken, ServerError, free_port, port_is_free
 from gateway.dev.servers.postgres import PgBouncer, PostgresServer
 from gateway.dev.servers.programs import find_pgbouncer
 from gateway.dev.servers.redis import RedisCluster, RedisSentinel, RedisServer
@@ -84,6 +84,22 @@ def test_a_taken_port_is_named(directory: Path) -> None:
             with pytest.raises(ServerError, match=f"port {port} is in use by another program"):
                 server.start()
             assert not server.running
+
+
+@pytest.mark.parametrize("kind", [RedisServer, PostgresServer])
+def test_a_port_that_is_taken_during_the_start_is_noticed(directory: Path, kind: type[RedisServer | PostgresServer]) -> None:
+    """The server that took it answers there, but it is another one."""
+    port = free_port()
+    other = kind(directory / "other", port)
+
+    class Late(kind):  # type: ignore[misc, valid-type]
+        def _prepare(self) -> None:
+            super()._prepare()
+            other.start()
+
+    with pytest.raises(PortTaken, match=f"port {port} is in use"):
+        Late(directory / "late", port).start()
+    other.stop()
 
 
 def test_a_server_that_exits_at_its_start_shows_its_log(directory: Path) -> None:

@@ -45,7 +45,7 @@ class World:
         self.lists |= {"sessions": [talked["session_id"]], "turns": turns}
         entry = re.search(r"\./widget/(\w+)/([\w.-]+\.js)", (await client.get("/widget.js")).text)
         assert entry is not None
-        self.lists |= {"versions": [entry[1]], "files": [entry[2]]}
+        self.lists |= {"versions": [entry[1]], "folders": ["texts"], "files": [entry[2], "de.js"]}
         for name, method, path in (
             ("ended", "POST", "/api/sessions/{session_id}/end"),
             ("erased", "DELETE", "/api/sessions/{session_id}"),
@@ -79,6 +79,7 @@ class World:
             "path.session_id": "sessions",
             "path.turn_id": "turns",
             "path.version": "versions",
+            "path.folder": "folders",
             "path.file": "files",
             "query.session_id": "sessions",
             "query.agent_id": "agents",

@@ -101,7 +101,8 @@ class DevServer:
         assert self.process.poll() is None, self.printed
 
         def answers() -> bool:
-            return subprocess.run(["curl", "-sf", f"{self.url}/readyz"], check=False, capture_output=True).returncode == 0
+            asked = ["curl", "-sf", "--max-time", "5", f"{self.url}/readyz"]
+            return subprocess.run(asked, check=False, capture_output=True).returncode == 0
 
         await wait_for(answers, f"it is ready: {self.printed}", 30)
         return self

@@ -41,6 +41,7 @@ PATH_PARAMETERS: dict[str, dict[str, Any]] = {
     "session_id": {"description": "A session's id", "schema": msgspec.json.schema(SessionId)},
     "turn_id": {"description": "A turn's UUID", "schema": {"type": "string", "format": "uuid"}},
     "version": {"description": "The version that /widget.js names", "schema": {"type": "string", "minLength": 1}},
+    "folder": {"description": "A folder of modules", "schema": {"type": "string", "minLength": 1}},
     "file": {"description": "A module's file name", "schema": {"type": "string", "minLength": 1}},
 }
 HEADER_PARAMETERS: dict[str, dict[str, Any]] = {

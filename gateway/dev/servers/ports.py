@@ -21,6 +21,10 @@ class ServerError(Exception):
     """A server could not be found, started or asked; the message says which one and why."""
 
 
+class PortTaken(ServerError):
+    """Another program listens on the port."""
+
+
 def port_is_free(port: int) -> bool:
     """Whether a server could listen on this port of 127.0.0.1 now."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:

@@ -125,7 +125,12 @@ class PostgresServer(Server):
         unfinished.rename(self._data)
 
     def _answers(self) -> bool:
-        return _greets(self.port, "postgres")
+        try:
+            pid, *_, status = self._pid_file.read_text().splitlines()
+        except (OSError, ValueError):
+            return False
+        ours = self._process is not None and pid == str(self._process.pid) and status.strip() == "ready"
+        return ours and _greets(self.port, "postgres")
 
     def _will_pass(self, log: str) -> bool:
         # What is left of a killed server notices within moments and lets go of the shared memory.

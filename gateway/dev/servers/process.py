@@ -23,7 +23,7 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import IO, ClassVar, Self
 
-from gateway.dev.servers.ports import ServerError, port_is_free
+from gateway.dev.servers.ports import PortTaken, ServerError, port_is_free
 from gateway.dev.servers.programs import program_environment, run_program, tail
 
 START_LIMIT_S = 60.0
@@ -79,7 +79,7 @@ class Server(ABC):
 
     @abstractmethod
     def _answers(self) -> bool:
-        """Whether the server serves clients now."""
+        """Whether this process serves clients now: another program may have taken the port since it was found free."""
 
     def _account(self) -> pwd.struct_passwd | None:
         """The account to run as; None is our own."""
@@ -191,7 +191,7 @@ class Server(ABC):
     def _refuse_taken_port(self) -> None:
         # Processes that die take a moment to let go of their port.
         if not wait_until(lambda: port_is_free(self.port), 1.0):
-            raise ServerError(f"port {self.port} is in use by another program: end that program or choose another port")
+            raise PortTaken(f"port {self.port} is in use by another program: end that program or choose another port")
 
     def _end_leftover(self) -> None:
         """End what an earlier run left behind in this directory, if it is proven to be that."""

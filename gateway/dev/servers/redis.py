@@ -87,9 +87,11 @@ class RedisServer(Server):
 
     def _answers(self) -> bool:
         try:
-            return _ask(self.port, "PING") == "PONG"
+            if _ask(self.port, "PING") != "PONG":
+                return False
         except ServerError as error:
             return "NOAUTH" in str(error)  # it serves those who know its password
+        return self._process is not None and _facts(self.port, "INFO", "server").get("process_id") == str(self._process.pid)
 
 
 class SentinelServer(RedisServer):

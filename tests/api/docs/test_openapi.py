@@ -208,6 +208,8 @@ async def test_every_call_answers_as_it_is_described(
         ("GET", "/widget.js", {}, None),
         ("GET", "/widget/{version}/{file}", {"version": "older", "file": "panel.js"}, None),
         ("GET", "/widget/{version}/{file}", {"version": "older", "file": "nothing.js"}, None),
+        ("GET", "/widget/{version}/{folder}/{file}", {"version": "older", "folder": "texts", "file": "de.js"}, None),
+        ("GET", "/widget/{version}/{folder}/{file}", {"version": "older", "folder": "texts", "file": "nothing.js"}, None),
         ("GET", "/api/chat/{agent_id}", {"agent_id": "shop"}, None),
         ("GET", "/api/chat/{agent_id}", {"agent_id": "nobody"}, None),
     ]

@@ -1,6 +1,6 @@
-/** What the chat says, in Arabic. */
+/** The words of the chat in Arabic. */
 
-/** @type {import('./texts.js').Texts} */
+/** @type {import('./en.js').Texts} */
 export const TEXTS = {
   title: 'محادثة',
   greeting: 'مرحبًا! كيف يمكننا مساعدتك؟',

@@ -1,4 +1,4 @@
-/** What the chat says, in English. A site gives its own words, all or some, as `texts` or `data-texts`. */
+/** The words of the chat in English: the list that every language follows. Problems are named by their code. */
 
 export const TEXTS = {
   title: 'Chat',

@@ -1,6 +1,6 @@
-/** What the chat says, in Spanish. */
+/** The words of the chat in Spanish. */
 
-/** @type {import('./texts.js').Texts} */
+/** @type {import('./en.js').Texts} */
 export const TEXTS = {
   title: 'Chat',
   greeting: '¡Hola! ¿En qué podemos ayudarle?',

@@ -1,6 +1,6 @@
-/** What the chat says, in French. */
+/** The words of the chat in French. */
 
-/** @type {import('./texts.js').Texts} */
+/** @type {import('./en.js').Texts} */
 export const TEXTS = {
   title: 'Chat',
   greeting: 'Bonjour ! Comment pouvons-nous vous aider ?',

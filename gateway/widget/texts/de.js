@@ -1,6 +1,6 @@
-/** What the chat says, in German. */
+/** The words of the chat in German. */
 
-/** @type {import('./texts.js').Texts} */
+/** @type {import('./en.js').Texts} */
 export const TEXTS = {
   title: 'Chat',
   greeting: 'Hallo! Wie können wir helfen?',
