@@ -4,7 +4,9 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import asyncpg
 import httpx
@@ -19,7 +21,9 @@ from persistence.agents import Agent, AgentDefinition
 from persistence.migrate import load_migrations, migrate
 from persistence.postgres import Postgres
 from persistence.worker import Worker
+from tests.support.hangs import HangGuard
 from tests.support.rule import breaches
+from tests.support.selection import rank, takes_long
 from tests.support.serving import ADMIN_KEY, SECRET_KEY, served
 
 # As in production: the same tracebacks, without the time that pretty ones take.
@@ -27,17 +31,30 @@ configure_logs("json", "info")
 # Loggers that are made once and kept could not be captured.
 structlog.configure(cache_logger_on_first_use=False)
 
-# Test processes that run side by side start servers and pods all the time: each has ports of its own.
-share_ports(
-    int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
-    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
-)
+# Test processes that run side by side start servers and pods all the time: each has ports of its own, and so have several
+# runs on one machine, most of the time.
+RUNS = 4
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+worker_number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
+run_number = crc32(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())).encode()) % RUNS
+share_ports(run_number * workers + worker_number, RUNS * workers)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what takes long (tests/support/selection.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(HangGuard())
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--quick") and takes_long(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that the test processes end at the same time."""
-    longest = ("faults/test_controls.py", "fuzz/", "faults/", "")
-    items.sort(key=lambda item: next(rank for rank, part in enumerate(longest) if part in item.nodeid))
+    items.sort(key=lambda item: rank(item.path))
 
 
 TABLES = "agents, agent_sessions, agent_messages, erased_sessions"
