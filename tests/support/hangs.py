@@ -1,7 +1,7 @@
 """A test that outlives its time limit by far: its process ends, and pytest-xdist goes on in a new one.
 
-pytest-timeout raises in the main thread. An event loop may catch that in a callback of its own, or the test may catch it; the
-test would then hang for ever, with all that come after it.
+pytest-timeout raises in the main thread. An event loop may catch that in a callback of its own, or the test may catch it:
+it would then hang for ever, with all that come after it.
 """
 
 import faulthandler
