@@ -23,7 +23,7 @@ from persistence.postgres import Postgres
 from persistence.worker import Worker
 from tests.support.hangs import HangGuard
 from tests.support.rule import breaches
-from tests.support.selection import rank, takes_long
+from tests.support.selection import quick, rank, takes_long
 from tests.support.serving import ADMIN_KEY, SECRET_KEY, served
 
 # As in production: the same tracebacks, without the time that pretty ones take.
@@ -52,9 +52,12 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     return True if config.getoption("--quick") and takes_long(collection_path) else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first, so that the test processes end at the same time."""
     items.sort(key=lambda item: rank(item.path))
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not quick(item)])
+        items[:] = filter(quick, items)
 
 
 TABLES = "agents, agent_sessions, agent_messages, erased_sessions"

@@ -22,7 +22,7 @@ from gateway.servers import PostgresServer, RedisServer, free_port
 from persistence.keys import GROUP, Keys
 from tests.chaos.options import Options
 from tests.support.links import Link
-from tests.support.serving import ADMIN, ROOT, GatewayProcess, wait_for
+from tests.support.serving import ADMIN, NO_TLS, ROOT, GatewayProcess, wait_for
 
 GRAPHS = Path(__file__).parent / "graphs" / "langgraph.json"
 AGENTS: dict[str, int] = {"usual": 1800, "brief": 1}
@@ -83,7 +83,7 @@ class Site:
         await self._migrate()
         self.client = self._redis_client()
         self._stack.push_async_callback(self.client.aclose)
-        self.http = httpx.AsyncClient(timeout=5)
+        self.http = httpx.AsyncClient(timeout=5, verify=NO_TLS)
         self._stack.push_async_callback(self.http.aclose)
         for index in range(self.options.pods):
             self.pods.append(await self._process("serve", f"pod-{index + 1}"))
