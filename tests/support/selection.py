@@ -5,7 +5,17 @@ from pathlib import Path
 import pytest
 
 FOLDERS = ("browser", "faults", "fuzz", "chaos", "attacks", "dev")
-FILES = ("test_model", "test_erase", "test_cluster", "test_sentinel", "test_pgbouncer", "test_package", "test_second_try")
+FILES = (
+    "test_model",
+    "test_erase",
+    "test_cluster",
+    "test_sentinel",
+    "test_pgbouncer",
+    "test_second_try",
+    "test_package",
+    "test_servers",
+    "test_dev",
+)
 """By their names alone, in whichever folder."""
 TESTS = (
     "test_with_half_of_all_calls_cancelled_no_value_is_wrong",
