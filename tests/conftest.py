@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -30,6 +30,7 @@ from tests.support.serving import ADMIN_KEY, SECRET_KEY, served
 configure_logs("json", "info")
 # Loggers that are made once and kept could not be captured.
 structlog.configure(cache_logger_on_first_use=False)
+LOGS = structlog.get_config()
 
 # Test processes that run side by side start servers and pods all the time: each has ports of its own, and so have several
 # runs on one machine, most of the time.
@@ -60,7 +61,28 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = filter(quick, items)
 
 
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """What a test does to the configuration of the logs is undone: drawn tracebacks take a second each."""
+    yield
+    structlog.configure(**LOGS)
+
+
 TABLES = "agents, agent_sessions, agent_messages, erased_sessions"
+
+
+@contextmanager
+def migrated_server(directory: Path) -> Iterator[PostgresServer]:
+    """A PostgreSQL with a migrated database."""
+    with PostgresServer(directory, free_port(), database="gateway") as server:
+
+        async def prepare() -> None:
+            postgres = Postgres(server.url, timeout_s=30)
+            await migrate(postgres, load_migrations())
+            await postgres.close()
+
+        asyncio.run(prepare())
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -73,21 +95,19 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     """A real PostgreSQL with a migrated database."""
-    with PostgresServer(tmp_path_factory.mktemp("postgres"), free_port(), database="gateway") as server:
-
-        async def prepare() -> None:
-            postgres = Postgres(server.url, timeout_s=30)
-            await migrate(postgres, load_migrations())
-            await postgres.close()
-
-        asyncio.run(prepare())
+    with migrated_server(tmp_path_factory.mktemp("postgres")) as server:
         yield server
 
 
 def settings_on(redis_server: RedisServer, postgres_server: PostgresServer) -> Settings:
+    return settings_for(redis_server.url, postgres_server.url)
+
+
+def settings_for(redis_url: str, database_url: str) -> Settings:
+    """What every pod and worker of the tests is told, unless a test says otherwise."""
     return Settings(
-        redis_url=redis_server.url,
-        database_url=postgres_server.url,
+        redis_url=redis_url,
+        database_url=database_url,
         secret_key=SECRET_KEY,
         admin_key=ADMIN_KEY,
         address_rate_limit="off",

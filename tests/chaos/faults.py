@@ -92,8 +92,15 @@ async def pod_restarted(harm: Harm) -> None:
 
 
 async def worker_killed(harm: Harm) -> None:
-    """SIGKILL of a worker; it is started again under its name."""
-    worker = harm.chance.choice(harm.site.workers)
+    """SIGKILL of a worker that is at work; it is started again under its name."""
+    index = harm.chance.randrange(len(harm.site.workers))
+    worker = harm.site.workers[index]
+    for _ in range(100):
+        # A moment ago: what it took is on its way to Postgres, or there and not acknowledged.
+        taken_ms = await harm.site.taken_ms(index)
+        if taken_ms is not None and 200 <= taken_ms <= 600:
+            break
+        await asyncio.sleep(0.05)
     harm.site.kill(worker)
     await harm.wait(0, 2)
     await harm.site.revive(worker)

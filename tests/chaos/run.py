@@ -62,9 +62,8 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     watching = asyncio.create_task(watch_redis(site, ledger))
     schedule = _schedule(options, Random(f"schedule of seed {options.seed}"))
     await asyncio.sleep(QUIET_S)
-    while (left_s := options.seconds - (monotonic() - began_at)) > 3 and not ledger.found(options.until):
-        # A fault that would outlast the run is passed over; when that is so for all, the run is over.
-        names = next((names for names in islice(schedule, 2 * len(FAULTS)) if lasts_s(names, options) < left_s), None)
+    while not ledger.found(options.until):
+        names = _next(options, schedule, len(windows), options.seconds - (monotonic() - began_at))
         if names is None:
             break
         say(f"{monotonic() - began_at:6.1f} s  {' and '.join(names)}")
@@ -99,6 +98,18 @@ def _schedule(options: Options, chance: Random) -> Iterator[tuple[str, ...]]:
             partner = order[index - 1]
             together = chance.random() < options.together and go_together(name, partner)
             yield (name, partner) if together else (name,)
+
+
+def _next(options: Options, schedule: Iterator[tuple[str, ...]], injected: int, left_s: float) -> tuple[str, ...] | None:
+    """What is injected next; None when the run is over.
+
+    A fault that would outlast the run is passed over. When that is so for all, the run is over.
+    """
+    if options.once:
+        return next(schedule) if injected < len(options.faults) else None
+    if left_s <= 3:
+        return None
+    return next((names for names in islice(schedule, 2 * len(FAULTS)) if lasts_s(names, options) < left_s), None)
 
 
 async def _stop(site: Site, ledger: Ledger, drained: bool) -> None:

@@ -16,7 +16,7 @@ import httpx
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from gateway.servers import PostgresServer, RedisServer, free_port
 from persistence.keys import GROUP, Keys
@@ -229,6 +229,16 @@ class Site:
         pending = await of_group(self.client.xpending(outbox, GROUP))
         # Without its group nothing is pending; the stores tell what was lost.
         return records, int(pending["pending"]) if pending is not None else 0
+
+    async def taken_ms(self, index: int) -> int | None:
+        """How long ago a worker took records off the outbox, in milliseconds; None when it has not yet, or Redis is away."""
+        try:
+            consumers = await of_group(self.client.xinfo_consumers(self.keys.outbox(0), GROUP))
+        except (RedisError, OSError):
+            return None
+        name = f"worker-{index + 1}".encode()
+        found = next((one for one in consumers or [] if one["name"] == name), None)
+        return int(found["inactive"]) if found is not None and found["inactive"] >= 0 else None
 
     def logged(self, event: str) -> int:
         """How often the workers and pods have logged an event."""

@@ -60,6 +60,7 @@ class Control:
     workers: int = 2
     work_ms: tuple[int, ...] = (0, 100, 300)
     memory_share: float = 0.97
+    once: bool = False
 
 
 CONTROLS = {
@@ -216,6 +217,7 @@ def options(control: Control, source: Path) -> Options:
         eviction=control.eviction,
         memory_share=control.memory_share,
         until=frozenset(control.kinds),
+        once=control.once,
         together=0,
         patience_s=8,
         drain_s=10,
@@ -234,7 +236,7 @@ async def test_without_its_guard_the_chaos_is_red(name: str, tmp_path: Path) -> 
 async def test_with_every_guard_what_only_makes_moments_longer_breaks_nothing(tmp_path: Path) -> None:
     slowed = [control for control in CONTROLS.values() if {LATE, SLOW, UNSENT} & set(control.edits)]
     faults = tuple(dict.fromkeys([*(fault for control in slowed for fault in control.faults), "replies-misplaced"]))
-    control = Control([LATE, SLOW, UNSENT], faults, set(), seconds=40)
+    control = Control([LATE, SLOW, UNSENT], faults, set(), seconds=0, once=True)
     outcome = await run(options(control, tree(tmp_path / "source", control.edits)))
     assert {window.names[0] for window in outcome.windows} == set(faults)
     assert not outcome.verdict.breaches(), report(outcome)

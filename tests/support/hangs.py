@@ -35,7 +35,7 @@ def children(process_id: int) -> list[int]:
 
 def end_process() -> None:
     """Shows where each thread is, and ends this process with all that it has started: no fixture will do so."""
-    faulthandler.dump_traceback(sys.__stderr__)
+    faulthandler.dump_traceback(sys.__stderr__ or 2)
     for child in children(os.getpid()):
         os.kill(child, signal.SIGKILL)
     os._exit(1)
