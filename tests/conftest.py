@@ -3,8 +3,10 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import asyncpg
 import httpx
@@ -21,28 +23,68 @@ from persistence.model.agents import Agent, AgentDefinition
 from persistence.postgres.migrate import load_migrations, migrate
 from persistence.postgres.postgres import Postgres
 from persistence.worker import Worker
+from tests.support.hangs import HangGuard
 from tests.support.rule import breaches
+from tests.support.selection import quick, rank, takes_long
 from tests.support.serving import ADMIN_KEY, SECRET_KEY, served
 
 # As in production: the same tracebacks, without the time that pretty ones take.
 configure_logs("json", "info")
 # Loggers that are made once and kept could not be captured.
 structlog.configure(cache_logger_on_first_use=False)
+LOGS = structlog.get_config()
 
-# Test processes that run side by side start servers and pods all the time: each has ports of its own.
-share_ports(
-    int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")),
-    int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")),
-)
+# Test processes that run side by side start servers and pods all the time: each has ports of its own, and so have several
+# runs on one machine, most of the time.
+RUNS = 4
+workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+worker_number = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % workers
+run_number = crc32(os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid())).encode()) % RUNS
+share_ports(run_number * workers + worker_number, RUNS * workers)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what takes long (tests/support/selection.py)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(HangGuard())
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.getoption("--quick") and takes_long(collection_path) else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files first, so that the test processes end at the same time."""
-    longest = ("faults/test_controls.py", "fuzz/", "faults/", "")
-    items.sort(key=lambda item: next(rank for rank, part in enumerate(longest) if part in item.nodeid))
+    items.sort(key=lambda item: rank(item.path))
+    if config.getoption("--quick"):
+        config.hook.pytest_deselected(items=[item for item in items if not quick(item)])
+        items[:] = filter(quick, items)
+
+
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """What a test does to the configuration of the logs is undone: drawn tracebacks take a second each."""
+    yield
+    structlog.configure(**LOGS)
 
 
 TABLES = "agents, agent_sessions, agent_messages, erased_sessions"
+
+
+@contextmanager
+def migrated_server(directory: Path) -> Iterator[PostgresServer]:
+    """A PostgreSQL with a migrated database."""
+    with PostgresServer(directory, free_port(), database="gateway") as server:
+
+        async def prepare() -> None:
+            postgres = Postgres(server.url, timeout_s=30)
+            await migrate(postgres, load_migrations())
+            await postgres.close()
+
+        asyncio.run(prepare())
+        yield server
 
 
 @pytest.fixture(scope="session")
@@ -55,21 +97,19 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     """A real PostgreSQL with a migrated database."""
-    with PostgresServer(tmp_path_factory.mktemp("postgres"), free_port(), database="gateway") as server:
-
-        async def prepare() -> None:
-            postgres = Postgres(server.url, timeout_s=30)
-            await migrate(postgres, load_migrations())
-            await postgres.close()
-
-        asyncio.run(prepare())
+    with migrated_server(tmp_path_factory.mktemp("postgres")) as server:
         yield server
 
 
 def settings_on(redis_server: RedisServer, postgres_server: PostgresServer) -> Settings:
+    return settings_for(redis_server.url, postgres_server.url)
+
+
+def settings_for(redis_url: str, database_url: str) -> Settings:
+    """What every pod and worker of the tests is told, unless a test says otherwise."""
     return Settings(
-        redis_url=redis_server.url,
-        database_url=postgres_server.url,
+        redis_url=redis_url,
+        database_url=database_url,
         secret_key=SECRET_KEY,
         admin_key=ADMIN_KEY,
         address_rate_limit="off",

@@ -11,7 +11,7 @@ from typing import Any
 from redis.asyncio import Redis
 
 from persistence.redis.outbox import CLAIM_IDLE_MS
-from tests.chaos.ledger import Ledger
+from tests.chaos.ledger import Conversation, Ledger
 from tests.chaos.options import Options
 from tests.chaos.site import AGENTS, Site
 from tests.chaos.visitors import Visitors
@@ -92,8 +92,15 @@ async def pod_restarted(harm: Harm) -> None:
 
 
 async def worker_killed(harm: Harm) -> None:
-    """SIGKILL of a worker; it is started again under its name."""
-    worker = harm.chance.choice(harm.site.workers)
+    """SIGKILL of a worker that is at work; it is started again under its name."""
+    index = harm.chance.randrange(len(harm.site.workers))
+    worker = harm.site.workers[index]
+    for _ in range(100):
+        # A moment ago: what it took is on its way to Postgres, or there and not acknowledged.
+        taken_ms = await harm.site.taken_ms(index)
+        if taken_ms is not None and 200 <= taken_ms <= 600:
+            break
+        await asyncio.sleep(0.05)
     harm.site.kill(worker)
     await harm.wait(0, 2)
     await harm.site.revive(worker)
@@ -170,6 +177,26 @@ async def replies_planted(harm: Harm) -> None:
         link.heal()
 
 
+MISPLACED = 12
+"""Replies, of all links together."""
+
+
+async def replies_misplaced(harm: Harm) -> None:
+    """In place of a reply comes that of the same script about another session, a dozen times."""
+    links = harm.site.redis_links
+    before = sum(link.misplaced for link in links)
+    for _ in range(100):
+        for link in links:
+            link.misplace = 1
+        await asyncio.sleep(0.1)
+        if sum(link.misplaced for link in links) - before >= MISPLACED:
+            break
+    else:
+        harm.ledger.unexpected.append("there were not enough replies to misplace")
+    for link in links:
+        link.heal()
+
+
 async def clients_gone(harm: Harm) -> None:
     """Half of all requests are cut off by the visitor midway."""
     harm.visitors.cancel_share = 0.5
@@ -199,7 +226,7 @@ async def _full(harm: Harm, policy: str) -> None:
     await client.config_set("maxmemory-policy", policy)
     memory = await client.info("memory")
     before = await _turned_out(client)
-    await client.config_set("maxmemory", int(memory["used_memory"] * 0.97))
+    await client.config_set("maxmemory", int(memory["used_memory"] * harm.site.options.memory_share))
     await harm.wait(3, 5)
     if await _turned_out(client) == before:
         harm.ledger.unexpected.append(f"Redis was not full: with {policy} it has evicted and refused nothing")
@@ -230,7 +257,7 @@ return held[3]
 
 
 async def field_damaged(harm: Harm) -> None:
-    """A field of a session in Redis is unreadable for a second, then as it was: damage is not absence."""
+    """A field of a session in Redis is unreadable until it is noticed, then as it was: damage is not absence."""
     client, keys = harm.site.client, harm.site.keys
     for _ in range(200):
         open_ones = [one for one in harm.ledger.conversations if one.agent == "usual" and not one.over and one.answered()]
@@ -245,13 +272,24 @@ async def field_damaged(harm: Harm) -> None:
             continue
         conversation.damaged = True
         harm.window.victims.add(conversation.session_id)
-        await asyncio.sleep(1)
+        noticed = await _is_asked_for(conversation)
         if await client.exists(key):
             await client.hset(key, "turns", was)
         # The last answers about it come in; whatever says so later is a breach.
         await asyncio.sleep(1)
         conversation.damaged = False
-        return
+        if noticed:
+            return
+
+
+async def _is_asked_for(conversation: Conversation) -> bool:
+    """Waits until a message of the session was answered or refused; whether one was, within three seconds."""
+    began_at = monotonic()
+    while monotonic() - began_at < 3:
+        if conversation.heard_since(began_at):
+            return True
+        await asyncio.sleep(0.05)
+    return False
 
 
 FAULTS: dict[str, Fault] = {
@@ -268,6 +306,7 @@ FAULTS: dict[str, Fault] = {
     "replies-delayed": replies_delayed,
     "replies-swallowed": replies_swallowed,
     "replies-planted": replies_planted,
+    "replies-misplaced": replies_misplaced,
     "clients-gone": clients_gone,
     "scripts-flushed": scripts_flushed,
     "redis-full-evicting": redis_full_evicting,
@@ -276,6 +315,8 @@ FAULTS: dict[str, Fault] = {
     "field-damaged": field_damaged,
 }
 
+AIMED = frozenset(("replies-misplaced",))
+"""Faults that are injected only when they are named: they hit on purpose what others hit by chance."""
 APART = frozenset(("field-damaged",))
 """Faults that never come together with another: what is damaged has to be mended in time."""
 _STORES = {
@@ -296,6 +337,7 @@ _STORES = {
     "replies-delayed": "links",
     "replies-swallowed": "links",
     "replies-planted": "links",
+    "replies-misplaced": "links",
 }
 
 

@@ -1,5 +1,6 @@
 """What the visitors sent and what they were answered: the history that everything else is compared with."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -78,6 +79,12 @@ class Conversation:
         """Whether the gateway has answered that it has this session."""
         return bool(self.token or self.answered())
 
+    def heard_since(self, since: float) -> bool:
+        """Whether one of its messages has been answered or refused since then."""
+        return any(
+            message.answered_at > since or any(when > since for when, _, _ in message.failures) for message in self.messages
+        )
+
     def doubtful(self) -> set[int]:
         """The numbers of the messages of which a request may still be on its way: after erasure it opens a session anew."""
         return {message.number for message in self.messages if message.doubtful}
@@ -99,6 +106,10 @@ class Ledger:
         self.repeated = 0
         self.looks = 0
         self.disk_stalls: dict[tuple[str, int], DiskStall] = {}
+
+    def found(self, kinds: Collection[str]) -> bool:
+        """Whether a breach of one of these kinds has shown already."""
+        return any(getattr(self, kind, ()) for kind in kinds)
 
     def on_pod(self, pod: int, now: float) -> set[str]:
         """The sessions with a message at a pod: in flight, or one whose asker went away lately without an answer."""

@@ -16,7 +16,7 @@ import httpx
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError, ResponseError
 
 from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.postgres import PostgresServer
@@ -24,7 +24,7 @@ from gateway.dev.servers.redis import RedisServer
 from persistence.redis.keys import GROUP, Keys
 from tests.chaos.options import Options
 from tests.support.links import Link
-from tests.support.serving import ADMIN, ROOT, GatewayProcess, wait_for
+from tests.support.serving import ADMIN, NO_TLS, ROOT, GatewayProcess, wait_for
 
 GRAPHS = Path(__file__).parent / "graphs" / "langgraph.json"
 AGENTS: dict[str, int] = {"usual": 1800, "brief": 1}
@@ -85,7 +85,7 @@ class Site:
         await self._migrate()
         self.client = self._redis_client()
         self._stack.push_async_callback(self.client.aclose)
-        self.http = httpx.AsyncClient(timeout=5)
+        self.http = httpx.AsyncClient(timeout=5, verify=NO_TLS)
         self._stack.push_async_callback(self.http.aclose)
         for index in range(self.options.pods):
             self.pods.append(await self._process("serve", f"pod-{index + 1}"))
@@ -231,6 +231,16 @@ class Site:
         pending = await of_group(self.client.xpending(outbox, GROUP))
         # Without its group nothing is pending; the stores tell what was lost.
         return records, int(pending["pending"]) if pending is not None else 0
+
+    async def taken_ms(self, index: int) -> int | None:
+        """How long ago a worker took records off the outbox, in milliseconds; None when it has not yet, or Redis is away."""
+        try:
+            consumers = await of_group(self.client.xinfo_consumers(self.keys.outbox(0), GROUP))
+        except (RedisError, OSError):
+            return None
+        name = f"worker-{index + 1}".encode()
+        found = next((one for one in consumers or [] if one["name"] == name), None)
+        return int(found["inactive"]) if found is not None and found["inactive"] >= 0 else None
 
     def logged(self, event: str) -> int:
         """How often the workers and pods have logged an event."""

@@ -20,10 +20,8 @@ from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
 from persistence.errors import PostgresUnavailable
-from persistence.postgres.migrate import load_migrations, migrate
-from persistence.postgres.postgres import Postgres
 from persistence.worker import Worker
-from tests.conftest import TABLES, PutAgent
+from tests.conftest import TABLES, PutAgent, migrated_server
 from tests.support.links import Link
 from tests.support.pods import ServedPod, gated_pod, gateway_process
 from tests.support.serving import GatewayProcess, served, wait_for
@@ -45,14 +43,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServ
 @pytest.fixture(scope="module")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PostgresServer]:
     """A PostgreSQL of this module's own."""
-    with PostgresServer(tmp_path_factory.mktemp("postgres"), free_port(), database="gateway") as server:
-
-        async def prepare() -> None:
-            postgres = Postgres(server.url, timeout_s=30)
-            await migrate(postgres, load_migrations())
-            await postgres.close()
-
-        asyncio.run(prepare())
+    with migrated_server(tmp_path_factory.mktemp("postgres")) as server:
         yield server
 
 

@@ -28,9 +28,9 @@ from persistence.redis.connection import connect, drop_connections
 from persistence.redis.keys import Keys
 from persistence.redis.scripts import Scripts
 from persistence.redis.wakeups import WakeUps
-from tests.conftest import TABLES, PutAgent
+from tests.conftest import TABLES, PutAgent, settings_for
 from tests.support.proxy import Proxy, proxy_before
-from tests.support.serving import ADMIN, ADMIN_KEY, SECRET_KEY, wait_for
+from tests.support.serving import ADMIN, wait_for
 from tests.support.strays import TrustingScripts, leave_reply, question
 from tests.support.visiting import new_session_id, post_message, problem, say, transcript
 
@@ -57,15 +57,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def settings(kind: str, proxy: Proxy, cluster: redis_module.RedisCluster, postgres_server: PostgresServer) -> Settings:
-    return Settings(
-        redis_url=proxy.url if kind == "single" else cluster.url,
-        database_url=postgres_server.url,
-        secret_key=SECRET_KEY,
-        admin_key=ADMIN_KEY,
-        address_rate_limit="off",
-        address_session_limit="off",
-        drain_s=5,
-    )
+    return settings_for(proxy.url if kind == "single" else cluster.url, postgres_server.url)
 
 
 @pytest.fixture

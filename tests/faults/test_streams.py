@@ -3,7 +3,7 @@
 import asyncio
 import random
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from itertools import chain
 from pathlib import Path
@@ -14,7 +14,6 @@ import httpx
 import msgspec
 import pytest
 import pytest_asyncio
-import structlog
 
 from gateway.app import Stores
 from gateway.dev.servers.ports import free_port
@@ -81,14 +80,6 @@ async def clients(processes: Processes, stores: Stores) -> AsyncIterator[list[ht
 async def balancer(processes: Processes) -> AsyncIterator[Balancer]:
     async with balancer_before(*(pod.port for pod in processes.pods[:2])) as balancer:
         yield balancer
-
-
-@pytest.fixture(autouse=True)
-def short_logs() -> Iterator[None]:
-    """Without tracebacks as they are drawn on terminals, which take a second each."""
-    structlog.configure(processors=[structlog.processors.KeyValueRenderer()])
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -1,12 +1,18 @@
 """A TCP link to a server that can be frozen, cut, slowed down or made to lie: what networks do, on loopback."""
 
 import asyncio
+import re
 from random import Random
 from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
 from gateway.dev.servers.ports import HOST
+
+SCRIPT = re.compile(rb"\*\d+\r\n\$7\r\nEVALSHA\r\n\$40\r\n([0-9a-f]{40})\r\n")
+"""The beginning of a request that runs a script, with the script's digest."""
+ECHO = re.compile(rb"\*\d+\r\n\$\d+\r\n[^\r]*\r\n\$\d+\r\n([^\r]*)\r\n")
+"""The beginning of a script's reply: its word, and the session that it is about."""
 
 
 class Link:
@@ -18,6 +24,9 @@ class Link:
     By `chance`, for each request: `cut_share` of them are passed on and the connection is cut before the reply;
     `swallow_share` of them are passed on and nothing comes back on their connection any more; replies are late by up to
     `delay_s`; before `plant_share` of them comes `stray`. `overheard` is the last whole reply that holds `wanted`.
+
+    `misplace` counts replies to scripts in whose place comes another one: the last that the same script gave about another
+    session, if it holds `wanted`. `misplaced` counts those that were.
     """
 
     def __init__(self, url: str, chance: Random | None = None, wanted: bytes = b"\0") -> None:
@@ -31,11 +40,15 @@ class Link:
         self._tasks: set[asyncio.Task[None]] = set()
         self._clients: set[asyncio.StreamWriter] = set()
         self._muted: set[asyncio.StreamWriter] = set()
+        self._asked: dict[asyncio.StreamWriter, bytes] = {}
+        self._replied: dict[bytes, bytes] = {}
         self.lose_replies = 0
         self.cut_share = 0.0
         self.swallow_share = 0.0
         self.delay_s = 0.0
         self.plant_share = 0.0
+        self.misplace = 0
+        self.misplaced = 0
         self.stray = b""
         self.overheard = b""
 
@@ -58,7 +71,7 @@ class Link:
         """Ends every trouble; a connection that has fallen silent is cut, so that nobody waits on it any more."""
         for writer in self._muted:
             writer.transport.abort()
-        self.lose_replies = 0
+        self.lose_replies = self.misplace = 0
         self.cut_share = self.swallow_share = self.plant_share = self.delay_s = 0.0
         self.thaw()
 
@@ -104,6 +117,7 @@ class Link:
         self._writers -= ends
         self._clients.discard(writer)
         self._muted.discard(writer)
+        self._asked.pop(writer, None)
 
     async def _requests(
         self, reader: asyncio.StreamReader, server: asyncio.StreamWriter, client: asyncio.StreamWriter
@@ -119,6 +133,8 @@ class Link:
                     self._muted.add(client)
                 if self.plant_share and self._chance.random() < self.plant_share:
                     client.write(self.stray)
+                script = SCRIPT.match(data)
+                self._asked[client] = script[1] if script else b""
                 server.write(data)
                 await server.drain()
                 if cut:
@@ -130,6 +146,19 @@ class Link:
             # Closed, not aborted: what was written is still sent, so that a request that was cut off is carried out.
             server.close()
 
+    def _in_place_of(self, reply: bytes, script: bytes) -> bytes:
+        """What is passed on as the reply to a script: itself, or while replies are misplaced one about another session."""
+        other, about = self._replied.get(script), ECHO.match(reply)
+        if not script or not about:
+            return reply
+        self._replied[script] = reply
+        named = ECHO.match(other) if other else None
+        if self.misplace == 0 or other is None or named is None or named[1] == about[1]:
+            return reply
+        self.misplace -= 1
+        self.misplaced += 1
+        return other
+
     async def _replies(self, reader: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
         try:
             while data := await reader.read(65536):
@@ -139,6 +168,7 @@ class Link:
                     return
                 if self._wanted in data and data.startswith(b"*") and data.endswith(b"\r\n"):
                     self.overheard = data
+                    data = self._in_place_of(data, self._asked.get(client, b""))
                 if self.delay_s:
                     await asyncio.sleep(self._chance.uniform(0, self.delay_s))
                 if client in self._muted:

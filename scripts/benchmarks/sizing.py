@@ -1,6 +1,7 @@
 """How much of everything a load needs, computed from what was measured: `scripts/bench sizing`.
 
-Reads .bench/turns.json, flush.json and growth.json. With --readme it writes its tables into the README, between their marks.
+Reads .bench/turns.json, flush.json and growth.json. With --write it writes its tables into README.md beside this, between
+their marks.
 """
 
 import argparse
@@ -10,10 +11,10 @@ from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench_results import saved
-from bench_turns import ROWS
+from scripts.benchmarks.results import saved
+from scripts.benchmarks.turns import ROWS
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).with_name("README.md")
 RATES = (10, 1000, 10_000)
 HISTORY = 50
 USED = 0.6
@@ -61,7 +62,7 @@ async def measure_sizing(options: argparse.Namespace) -> None:
     }
     for text in tables.values():
         print(text)
-    if options.readme:
+    if options.write:
         write(tables)
 
 

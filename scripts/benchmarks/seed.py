@@ -7,8 +7,6 @@ from uuid import UUID
 import asyncpg
 import httpx
 import msgspec
-from bench_graph import builder
-from bench_servers import KEY, Servers
 from langchain_core.messages import AIMessage, HumanMessage
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
 from uuid_utils.compat import uuid7
@@ -21,6 +19,8 @@ from persistence.model.session import Access, Message, NewSession, Turn
 from persistence.model.times import iso
 from persistence.redis.outcomes import Begun, Hot
 from persistence.tasks import gather_bounded
+from scripts.benchmarks.graphs.canned import builder
+from scripts.benchmarks.servers import KEY, Servers
 
 QUESTION = ("Where is my order, and when will it be here? I have waited for a week. " * 3)[:200]
 PAST = ("It has left our house, and the parcel service says that it comes soon. " * 3)[:200]

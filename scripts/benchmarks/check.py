@@ -7,18 +7,19 @@ from typing import Any
 from urllib.request import urlopen
 
 import asyncpg
-from bench_graph import ANSWER
-from bench_load import Plan
-from bench_measure import GATEWAY, STATELESS, Serving, call
-from bench_seed import session_id
 from langgraph.checkpoint.postgres.aio import AsyncPostgresSaver
+
+from scripts.benchmarks.graphs.canned import ANSWER
+from scripts.benchmarks.load import Plan
+from scripts.benchmarks.measure import GATEWAY, STATELESS, Serving, call
+from scripts.benchmarks.seed import session_id
 
 STORED = {
     "message": "SELECT message_count FROM agent_sessions WHERE session_id = $1",
     "first": "SELECT jsonb_array_length(conversation_history) FROM first_sessions WHERE session_id = $1",
     "rows": "SELECT count(*) FROM rows_messages WHERE session_id = $1",
 }
-STORED["stream"] = STORED["message"]
+STORED |= dict.fromkeys(GATEWAY, STORED["message"])
 ARRIVES_S = 10
 
 

@@ -8,7 +8,6 @@ from time import perf_counter
 from typing import NamedTuple
 
 import asyncpg
-from bench_servers import Servers, gateway, own_servers
 from uuid_utils.compat import uuid7
 
 from gateway.app import Stores
@@ -19,6 +18,7 @@ from persistence.model.times import iso
 from persistence.redis.keys import GROUP
 from persistence.redis.outcomes import Begun
 from persistence.tasks import gather_bounded
+from scripts.benchmarks.servers import Servers, gateway, own_servers
 
 AGENT_ID = "01900000-0000-7000-8000-00000000be9c"
 VISITOR = Access(AGENT_ID, authorized=True)

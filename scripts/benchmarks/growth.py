@@ -13,13 +13,25 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import msgspec
-from bench_measure import PRODUCTION, Result, Serving, asleep, awake, load, measure, plan_for, serve, take_cores, up_and_down
-from bench_results import Target, machine, print_targets, save
-from bench_seed import AGENT, DOMAIN, fill_gateway, session_id, token
-from bench_servers import Servers, own_servers
 from redis.asyncio import Redis
 
 from gateway.dev.servers.ports import HOST
+from scripts.benchmarks.measure import (
+    PRODUCTION,
+    Result,
+    Serving,
+    asleep,
+    awake,
+    load,
+    measure,
+    plan_for,
+    serve,
+    take_cores,
+    up_and_down,
+)
+from scripts.benchmarks.results import Target, machine, print_targets, save
+from scripts.benchmarks.seed import AGENT, DOMAIN, fill_gateway, session_id, token
+from scripts.benchmarks.servers import Servers, own_servers
 
 CONNECTIONS = 32
 SPOKEN_TO = 20_000
@@ -150,7 +162,7 @@ OPTIONS = {"sessions": "sessions", "history": "histories", "streams": "streams"}
 async def _measure(
     filled: Sequence[Filled], options: argparse.Namespace, cores: set[int], stack: AsyncExitStack
 ) -> list[list[Result]]:
-    """A pod for each size, loaded in turn for a moment each, while the others are stopped: see bench_turns.py."""
+    """A pod for each size, loaded in turn for a moment each, while the others are stopped: see turns.py."""
     ready = []
     for one in filled:
         serving = stack.enter_context(serve("message", one.servers, cores))

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import asyncpg
 import msgspec
 import psutil
-from bench_drain import AGENT_ID, TURNS_A_SESSION, Row, queue_turns, waiting
-from bench_measure import PRODUCTION, load, plan_for, serve, spent, take_cores
-from bench_results import Target, machine, print_targets, save
-from bench_seed import fill_gateway
-from bench_servers import Servers, gateway, own_servers
 from redis.asyncio import Redis
 
 from gateway.app import Stores
 from gateway.settings import load_settings
 from persistence.worker import BATCH
+from scripts.benchmarks.drain import AGENT_ID, TURNS_A_SESSION, Row, queue_turns, waiting
+from scripts.benchmarks.measure import PRODUCTION, load, plan_for, serve, spent, take_cores
+from scripts.benchmarks.results import Target, machine, print_targets, save
+from scripts.benchmarks.seed import fill_gateway
+from scripts.benchmarks.servers import Servers, gateway, own_servers
 
 # The same columns, indexes and references as the real ones.
 TABLES = """

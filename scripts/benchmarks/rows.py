@@ -1,4 +1,4 @@
-"""The servers that the gateway is measured beside, one application each: `python scripts/bench_rows.py <row> <port>`.
+"""The servers that the gateway is measured beside, one application each: `python -m scripts.benchmarks.rows <row> <port>`.
 
 All run under uvicorn with the gateway's own options, with the same graph, and the same history window where they have one.
 """
@@ -15,8 +15,6 @@ import asyncpg
 import msgspec
 import psycopg
 import uvicorn
-from bench_graph import builder, graph
-from bench_pauses import watch_collector
 from fastapi import Depends, FastAPI
 from langchain_core.messages import AIMessage, AnyMessage, HumanMessage
 from langchain_core.runnables import RunnableConfig
@@ -35,6 +33,8 @@ from starlette.routing import Route
 from uuid_utils.compat import uuid7
 
 from gateway.server.serve import tune_collector
+from scripts.benchmarks.graphs.canned import builder, graph
+from scripts.benchmarks.pauses import watch_collector
 
 WINDOW = 50
 CONNECTIONS = 8

@@ -13,6 +13,7 @@ from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.redis import RedisServer
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "a key of the bench's own, 32 characters"
 DEFAULTS: Mapping[str, str] = {}
 
@@ -27,9 +28,9 @@ class Servers(NamedTuple):
 
 
 @contextmanager
-def own_servers(redis_config: Mapping[str, str] = DEFAULTS, /, **variables: str) -> Iterator[Servers]:
+def own_servers(redis_config: Mapping[str, str] = DEFAULTS, checkout: Path = ROOT, /, **variables: str) -> Iterator[Servers]:
     """Both stores, empty, gone at the end; as in production, Redis with its append-only file (`everysec`), Postgres with
-    `fsync`. `variables` are added to the environment."""
+    `fsync`. `variables` are added to the environment. The migrations are those of `checkout`."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         # PostgreSQL may run as another user than this one.
@@ -51,7 +52,8 @@ def own_servers(redis_config: Mapping[str, str] = DEFAULTS, /, **variables: str)
                 **variables,
             }
             command = [sys.executable, "-m", "gateway", "migrate"]
-            subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+            place = {**environment, "PYTHONPATH": str(checkout)}
+            subprocess.run(command, env=place, check=True, stdout=subprocess.DEVNULL, cwd=checkout)
             yield Servers(redis, postgres, environment, folder)
 
 

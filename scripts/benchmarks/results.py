@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from bench_measure import FOLDER
+
+from scripts.benchmarks.measure import FOLDER
 
 
 class Target(msgspec.Struct, frozen=True):

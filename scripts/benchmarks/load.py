@@ -1,6 +1,6 @@
 """The load: visitors on keep-alive connections, one process of its own, so that its work does not count as the server's.
 
-`python scripts/bench_load.py` reads a Plan as JSON on stdin and writes what it measured as JSON on stdout.
+`python -m scripts.benchmarks.load` reads a Plan as JSON on stdin and writes what it measured as JSON on stdout.
 """
 
 import asyncio

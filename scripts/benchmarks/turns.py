@@ -15,9 +15,12 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import asyncpg
-from bench_check import check
-from bench_load import Plan
-from bench_measure import (
+from redis.asyncio import Redis
+
+from scripts.benchmarks.check import check
+from scripts.benchmarks.load import Plan
+from scripts.benchmarks.measure import (
+    BESIDE,
     FOLDER,
     GATEWAY,
     PRODUCTION,
@@ -35,23 +38,26 @@ from bench_measure import (
     take_cores,
     up_and_down,
 )
-from bench_plot import plot
-from bench_results import Target, machine, print_targets, save
-from bench_seed import fill_gateway, fill_langgraph_dev, fill_peer
-from bench_servers import Servers, own_servers
-from redis.asyncio import Redis
+from scripts.benchmarks.plot import plot
+from scripts.benchmarks.ratios import ratio_lines
+from scripts.benchmarks.results import Target, machine, print_targets, save
+from scripts.benchmarks.seed import fill_gateway, fill_langgraph_dev, fill_peer
+from scripts.benchmarks.servers import ROOT, Servers, own_servers
 
 ROWS = {
     "limit": "the limit: Starlette, LangGraph, no state",
     "limit-tuned": "the limit, collector as the gateway's",
     "message": "gateway /message",
+    "beside-message": "the other checkout's gateway /message",
     "stream": "gateway /stream",
+    "beside-stream": "the other checkout's gateway /stream",
     "first": "FastAPI, SQLAlchemy, one JSONB column",
     "rows": "Starlette, asyncpg, a row per message",
     "saver-exit": "AsyncPostgresSaver, durability exit",
     "saver-async": "AsyncPostgresSaver, durability async",
     "langgraph-dev": "langgraph dev, in memory",
 }
+QUICK = ("limit", "limit-tuned", "message", "beside-message", "stream", "beside-stream")
 SHARE = 0.8
 FEWER_THREADS = 640
 """`langgraph dev` goes through all of its threads for each run: it is given fewer, with which it is faster."""
@@ -86,10 +92,8 @@ class Counts(NamedTuple):
 
 async def measure_turns(options: argparse.Namespace) -> None:
     """Prints the table, and writes it as JSON and as a plot into .bench."""
-    rows = options.rows.split(",") if options.rows else list(ROWS)
-    if unknown := set(rows) - set(ROWS):
-        sys.exit(f"bench: no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    histories = [int(one) for one in options.histories.split(",")]
+    rows = _rows(options)
+    histories = [int(one) for one in (options.histories or ("50" if options.quick else "0,50,200")).split(",")]
     cores = take_cores()
     began = monotonic()
     results: list[Result] = []
@@ -99,17 +103,22 @@ async def measure_turns(options: argparse.Namespace) -> None:
         results += closed
         paced_results += paced
         print("\n".join(["", *HEAD, *map(_line, _medians(closed))]), flush=True)
+        print("\n".join(["", *ratio_lines(closed, ROWS)]), flush=True)
         if paced:
             print(f"arriving at a fixed rate, {SHARE:.0%} of what the gateway can do so at most:")
             print("\n".join(map(_line, _medians(paced))), flush=True)
     medians = _medians(results)
-    trips = await _round_trips(options, cores) if "message" in rows else None
+    trips = await _round_trips(options, cores) if "message" in rows and not options.quick else None
     found = machine()
     print(f"\n{found}")
     print("the server has a core to itself; medians of", f"{options.rounds} rounds of {options.seconds:g} s;", end=" ")
     print(f"{options.sessions:,} sessions, {options.connections} connections")
     if trips:
         print(f"a turn with the worker stopped: {trips.reads:.2f} round trips to Redis, {trips.calls:.2f} calls of scripts")
+    if options.quick:
+        save("turns-quick", {"machine": found, "rounds": results})
+        print(f"\nin .bench: turns-quick.json; took {monotonic() - began:.0f} s")
+        return
     goals = targets(results, paced_results, trips)
     print_targets(goals)
     figures = {"medians": medians, "paced": _medians(paced_results), "round_trips": trips, "targets": goals}
@@ -118,9 +127,22 @@ async def measure_turns(options: argparse.Namespace) -> None:
     for one in medians:
         bars.setdefault(ROWS[one.row], []).append((f"{one.history} messages", one.turns_per_s))
     (FOLDER / "turns.svg").write_text(
-        plot("Turns per second on one core, by stored messages", bars, [ROWS[row] for row in GATEWAY])
+        plot("Turns per second on one core, by stored messages", bars, [ROWS["message"], ROWS["stream"]])
     )
     print(f"\nin .bench: turns.json, turns.svg; took {(monotonic() - began) / 60:.0f} min")
+
+
+def _rows(options: argparse.Namespace) -> list[str]:
+    """What is measured: the rows that were asked for, or those of a quick comparison, or all."""
+    rows = options.rows.split(",") if options.rows else list(QUICK if options.quick else ROWS)
+    if unknown := set(rows) - set(ROWS):
+        sys.exit(f"bench: no such row: {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
+    if options.beside is None:
+        return [row for row in rows if not row.startswith(BESIDE)]
+    options.beside = options.beside.resolve()
+    if not (options.beside / "gateway" / "__main__.py").is_file():
+        sys.exit(f"bench: {options.beside} is no checkout of the gateway")
+    return rows
 
 
 class Ready(NamedTuple):
@@ -146,7 +168,7 @@ async def _measure(
             servers.enter_context(asleep([one.serving for one in ready.values()]))
             spans = [await _slice(ready[row], history, options) for row in up_and_down(rows, options.rounds)]
             paced = []
-            if not options.no_paced and {"limit", "message"} <= set(rows):
+            if not (options.no_paced or options.quick) and {"limit", "message"} <= set(rows):
                 closed_loop = median(one.turns_per_s for one, _, _ in spans if one.row == "message")
                 more = [await _slice(ready["message"], history, options, closed_loop) for _ in range(options.rounds)]
                 rate = SHARE * median(one.turns_per_s for one, _, _ in more)
@@ -164,13 +186,14 @@ async def _serve(
     row: str, history: int, options: argparse.Namespace, cores: set[int], stores: ExitStack, running: ExitStack
 ) -> Ready:
     """One row, warm, on stores of its own."""
-    servers = stores.enter_context(own_servers(**PRODUCTION))
+    checkout = options.beside if row.startswith(BESIDE) else ROOT
+    servers = stores.enter_context(own_servers({}, checkout, **PRODUCTION))
     await _assert_durable(servers)
     if row in GATEWAY:
         await fill_gateway(servers, options.sessions, history)
     elif row not in STATELESS and row != "langgraph-dev":
         await fill_peer(servers, row, options.sessions, history)
-    serving = running.enter_context(serve(row, servers, cores))
+    serving = running.enter_context(serve(row, servers, cores, checkout=checkout))
     sessions, threads = options.sessions, None
     if row == "langgraph-dev":
         sessions = min(sessions, FEWER_THREADS)
@@ -301,7 +324,7 @@ def targets(results: Sequence[Result], paced_results: Sequence[Result], trips: R
             at = f"at history {one.history}"
             found.append(Target.at_most(f"Redis {at}, ms CPU per turn", one.redis_ms, 0.15))
             found.append(Target.at_most(f"Postgres {at}, ms CPU per turn", one.postgres_ms, 0.10))
-    pauses = [one.pause_ms for one in (*medians, *paced) if one.row in GATEWAY]
+    pauses = [one.pause_ms for one in (*medians, *paced) if one.row in ("message", "stream")]
     if pauses:
         found.append(Target.at_most("longest pause of the collector, ms", max(pauses), MAX_PAUSE_MS))
     if trips:

@@ -7,9 +7,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from bench_measure import FOLDER, GATEWAY, PRODUCTION, Serving, load, plan_for, serve, take_cores
-from bench_seed import fill_gateway, fill_peer
-from bench_servers import own_servers
+from scripts.benchmarks.measure import FOLDER, GATEWAY, PRODUCTION, Serving, load, plan_for, serve, take_cores
+from scripts.benchmarks.seed import fill_gateway, fill_peer
+from scripts.benchmarks.servers import own_servers
 
 SESSIONS = 2000
 CONNECTIONS = 32

@@ -16,20 +16,28 @@ from urllib.request import Request, urlopen
 
 import msgspec
 import psutil
-from bench_load import Measured, Plan
-from bench_pauses import longest_ms
-from bench_seed import AGENT_ID, DOMAIN, QUESTION, session_id, token
-from bench_servers import Servers
 
 from gateway.dev.servers.ports import HOST
+from scripts.benchmarks.load import Measured, Plan
+from scripts.benchmarks.pauses import longest_ms
+from scripts.benchmarks.seed import AGENT_ID, DOMAIN, QUESTION, session_id, token
+from scripts.benchmarks.servers import ROOT, Servers
 
-SCRIPTS = Path(__file__).resolve().parent
-FOLDER = SCRIPTS.parent / ".bench"
-GATEWAY = {"message": f"/api/chat/{AGENT_ID}/message", "stream": f"/api/chat/{AGENT_ID}/stream"}
+HERE = ROOT / "scripts" / "benchmarks"
+GRAPHS = HERE / "graphs"
+FOLDER = ROOT / ".bench"
+GATEWAY = {
+    "message": f"/api/chat/{AGENT_ID}/message",
+    "beside-message": f"/api/chat/{AGENT_ID}/message",
+    "stream": f"/api/chat/{AGENT_ID}/stream",
+    "beside-stream": f"/api/chat/{AGENT_ID}/stream",
+}
+"""The rows of the gateway, each with the path that it is asked under; those `beside` are the gateway of another checkout."""
+BESIDE = "beside-"
 STATELESS = ("limit", "limit-tuned")
 # As in production, and never reached here.
 PRODUCTION = {
-    "GATEWAY_GRAPHS": str(SCRIPTS / "bench_langgraph.json"),
+    "GATEWAY_GRAPHS": str(GRAPHS / "langgraph.json"),
     "GATEWAY_LOG_FORMAT": "json",
     "GATEWAY_LOG_LEVEL": "info",
     "GATEWAY_ADDRESS_RATE_LIMIT": "1000000/60",
@@ -101,19 +109,19 @@ def take_cores() -> set[int]:
 
 
 @contextmanager
-def serve(row: str, servers: Servers, cores: set[int], *, worker: bool = True) -> Iterator[Serving]:
-    """The server of a row, pinned to `cores`, ready; and the gateway's worker."""
+def serve(row: str, servers: Servers, cores: set[int], *, worker: bool = True, checkout: Path = ROOT) -> Iterator[Serving]:
+    """The server of a row, pinned to `cores`, ready; and the gateway's worker. Both run in `checkout`."""
     port = int(servers.environment["GATEWAY_PORT"])
     environment = {
         **servers.environment,
-        "PYTHONPATH": f"{SCRIPTS.parent}:{SCRIPTS}",
+        "PYTHONPATH": str(checkout),
         "DATABASE_URL": servers.postgres.url,
         "BENCH_PAUSES": str(servers.folder / "pauses"),
     }
-    command = [sys.executable, str(SCRIPTS / "bench_rows.py"), row, str(port)]
-    directory = SCRIPTS
+    command = [sys.executable, "-m", "scripts.benchmarks.rows", row, str(port)]
+    directory = checkout
     if row in GATEWAY:
-        command = [sys.executable, str(SCRIPTS / "bench_gateway.py"), "serve"]
+        command = [sys.executable, "-P", str(HERE / "pauses.py"), "gateway", "serve"]
     elif row == "langgraph-dev":
         directory = servers.folder / "dev"
         command = _langgraph_dev(directory, port, environment)
@@ -159,8 +167,8 @@ def _langgraph_dev(directory: Path, port: int, environment: dict[str, str]) -> l
     at a time, its default: with as many as there are visitors its queue runs empty, and then it sleeps for half a second.
     """
     directory.mkdir()
-    graphs = {"bench": f"{SCRIPTS}/bench_graph.py:graph"}
-    config = {"dependencies": [str(SCRIPTS)], "graphs": graphs, "disable_persistence": True}
+    graphs = {"bench": f"{GRAPHS}/canned.py:graph"}
+    config = {"dependencies": [str(GRAPHS)], "graphs": graphs, "disable_persistence": True}
     (directory / "langgraph.json").write_text(json.dumps(config))
     environment |= {"LOG_LEVEL": "warning", "LANGSMITH_TRACING": "false", "LANGGRAPH_NO_VERSION_CHECK": "true"}
     tool = str(Path(sys.executable).parent / "langgraph")
@@ -199,7 +207,7 @@ def plan_for(serving: Serving, numbers: range | list[int], *, connections: int, 
         plan.paths = [GATEWAY[serving.row]] * len(bodies)
         plan.tokens = [token(one) for one in numbers]
         plan.headers = {"Origin": f"https://{DOMAIN}"}
-        plan.stream = serving.row == "stream"
+        plan.stream = serving.row.endswith("stream")
     elif threads is not None:
         plan.paths = [f"/threads/{thread}/runs/wait" for thread in threads]
         plan.bodies = [
@@ -212,7 +220,7 @@ async def load(plan: Plan, seconds: float, rate: float = 0) -> Measured:
     """Sends what the plan says for so long, from a process of its own. RuntimeError when anything is not answered well."""
     plan.seconds, plan.rate = seconds, rate
     process = await asyncio.create_subprocess_exec(
-        sys.executable, str(SCRIPTS / "bench_load.py"), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        sys.executable, "-m", "scripts.benchmarks.load", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
     )
     output, _ = await process.communicate(msgspec.json.encode(plan))
     if process.returncode:
