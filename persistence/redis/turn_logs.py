@@ -1,7 +1,7 @@
-"""The logs of streamed turns, and the wake-ups that tell readers on other pods of something new.
+"""The logs of streamed turns in Redis.
 
-A log is what a turn has streamed so far, for minutes. What is published carries no data, only the id of the turn that has
-something new: a wake-up that is lost costs time, never an event, for readers look again by themselves."""
+A log holds the events of a turn while it runs and for five minutes after. Every append publishes a wake-up, which carries
+the turn's id and no data: followers also poll, so a lost wake-up costs time, never an event."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from persistence.model.codec import decode_session, decode_turn, unreadable
 from persistence.model.ids import masked
 from persistence.model.session import Access, Session, Turn
 from persistence.redis.keys import Keys
-from persistence.redis.log_entries import LOG_TTL_MS, Event, Part, log_arguments
+from persistence.redis.log_entries import LOG_TTL_MS, LoggedEvent, Part, log_arguments
 from persistence.redis.outcomes import Absent, Reason, Refused
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import TICKET_MS, access_arguments
@@ -21,10 +21,11 @@ _decoder = msgspec.json.Decoder(list[tuple[str, msgspec.Raw]])
 
 
 class Following(msgspec.Struct):
-    """A log behind a cursor, and how its turn stands: running (`lease_left_ms`), committed (`turn`, `session`) or gone."""
+    """The events of a log behind a cursor, and how its turn stands: running (`lease_left_ms`), committed (`turn`, `session`)
+    or gone."""
 
     fence: int
-    events: list[Event]
+    events: list[LoggedEvent]
     lease_left_ms: int | None = None
     session: Session | None = None
     turn: Turn | None = None
@@ -42,13 +43,14 @@ class EventLogs:
         self._keys = keys
 
     async def append(self, session_id: str, turn_id: str, fence: int, part: Part) -> int | None:
-        """Appends events; the number of the last event stored, which is lower when Redis lost some; None: turn is lost."""
+        """Appends events; the number of the last event stored, lower when Redis has lost some. None when the turn has lost
+        its session."""
         head = self._keys.head(session_id)
         keys = [self._keys.session(session_id), f"{head}logs", self._keys.events(session_id, turn_id)]
         arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
         match await self._scripts.run("append", session_id, keys, arguments):
             case ["appended"]:
-                return part.events[-1].n
+                return part.events[-1].number
             case ["gap", tail]:
                 return int(tail)
             case _:
@@ -71,7 +73,7 @@ class EventLogs:
     async def follow(
         self, session_id: str, turn_id: str, access: Access, after: tuple[int, int] | None = None
     ) -> Following | Absent | Refused:
-        """A turn's events behind the entry whose last event is `after` (fence, number), and how the turn stands."""
+        """The events of a turn behind the log entry that ends with `after` (fence, number), and how the turn stands."""
         head = self._keys.head(session_id)
         keys = [
             self._keys.session(session_id),
@@ -106,15 +108,15 @@ def _reason(word: str) -> Reason:
     return word  # type: ignore[return-value]  # the scripts' refusals are the type's words
 
 
-def _events(entries: list[Any], where: str) -> tuple[int, list[Event]]:
+def _events(entries: list[Any], where: str) -> tuple[int, list[LoggedEvent]]:
     """The fence and the events of log entries. Raises Damaged."""
     fence, events = 0, []
     for entry, fields in entries:
         try:
             named = dict(zip(fields[::2], fields[1::2], strict=True))
             fence = int(entry.split(b"-")[0])
-            for n, (kind, data) in enumerate(_decoder.decode(named[b"events"]), int(named[b"first"])):
-                events.append(Event(n, kind, bytes(data)))
+            for number, (kind, data) in enumerate(_decoder.decode(named[b"events"]), int(named[b"first"])):
+                events.append(LoggedEvent(number, kind, bytes(data)))
         except (KeyError, ValueError, msgspec.DecodeError) as error:
             raise Damaged(where, f"event {entry!r}", unreadable(error)) from error
     return fence, events

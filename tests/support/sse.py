@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
-TERMINAL = ("turn.completed", "turn.failed", "turn.cancelled")
+from gateway.streams.events import TERMINAL
+
 WAIT_S = 25.0
 
 

@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.api.endpoint import EVENT_STREAM, Endpoint
 from gateway.problems import Problem, ProblemDocument
-from gateway.streams.events import TERMINAL
+from gateway.streams.events import KINDS
 from gateway.turns.request import AttachedElsewhere, SessionId
 
 TITLES = {
@@ -64,7 +64,7 @@ EVENT: dict[str, Any] = {
     "description": "An event of a turn. Exactly one that is called turn.completed, turn.failed or turn.cancelled ends it.",
     "properties": {
         "id": {"type": "string", "pattern": "^[0-9]+-[0-9]+$", "description": "What to send as Last-Event-ID"},
-        "event": {"type": "string", "enum": ["turn.started", "text.delta", "custom", "log.reset", *sorted(TERMINAL)]},
+        "event": {"type": "string", "enum": list(KINDS)},
         "data": {"type": "string", "contentMediaType": "application/json"},
     },
     "required": ["id", "event", "data"],
