@@ -173,8 +173,8 @@ async def first_token_alone(graphs: Graphs) -> float:
     began = perf_counter()
     first: list[float] = []
 
-    def emit(kind: str, data: object) -> None:
-        if kind == "text.delta" and not first:
+    def emit(event: Event) -> None:
+        if isinstance(event, TextDelta) and not first:
             first.append((perf_counter() - began) * 1000)
 
     graph_input = GraphInput([], "Hello there", "1", {}, {}, "session_of_the_bench", "text")

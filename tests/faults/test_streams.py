@@ -21,12 +21,13 @@ from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
+from gateway.streams.events import TERMINAL
 from persistence.model.agents import AgentDefinition
 from tests.conftest import PutAgent
 from tests.support.balancer import Balancer, balancer_before
 from tests.support.serving import GatewayProcess, wait_for
 from tests.support.spoken import Spoken, SpokenPod, new_session_id, spoken_pod, stored_events
-from tests.support.sse import TERMINAL, Event, check_whole, kinds, resume, speak, text_of, watch
+from tests.support.sse import Event, check_whole, kinds, resume, speak, text_of, watch
 
 LEASE_S = 2
 NOISE_S = 4
