@@ -38,6 +38,7 @@ from gateway.dev.servers.redis import RedisServer
 from gateway.graphs.contract import GraphInput
 from gateway.graphs.graphs import Graphs
 from gateway.graphs.loading import load_graphs
+from gateway.streams.events import Event, TextDelta
 from persistence.model.agents import Agent, AgentDefinition
 
 CHUNKS = 20

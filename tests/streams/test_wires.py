@@ -43,7 +43,7 @@ def test_a_batch_is_one_piece_of_bytes() -> None:
 
 def test_clients_read_what_was_sent_and_pass_over_heartbeats() -> None:
     parser = SseParser()
-    items = [HEARTBEAT, BATCH, reset_at(Cursor(9, SHOWN)), HEARTBEAT]
+    items: list[Item] = [HEARTBEAT, BATCH, reset_at(Cursor(9, SHOWN)), HEARTBEAT]
     read = parser.feed(b"".join([sse.encode(item) for item in items]))
     assert [(event.id, event.kind) for event in read] == [
         ("8-1", "turn.started"),
