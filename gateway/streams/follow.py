@@ -52,8 +52,8 @@ async def woken(wakeups: WakeUps, channel: str) -> AsyncIterator[asyncio.Event]:
     def wake(_: str) -> None:
         news.set()
 
-    await wakeups.subscribe(channel, wake)
     try:
+        await wakeups.subscribe(channel, wake)
         yield news
     finally:
         await wakeups.unsubscribe(channel, wake)

@@ -5,10 +5,10 @@ the turn share: a slow reader costs no memory, it finds that events were dropped
 
 import asyncio
 
+import msgspec
 import structlog
 
 from gateway.streams.events import (
-    SHOWN,
     TERMINAL,
     TURN_LOST,
     Batch,
@@ -98,17 +98,13 @@ class TurnLog:
         """The events after a number that are still here."""
         return self.events[max(0, number + 1 - self.first) :]
 
-    def batch(self, events: list[LoggedEvent]) -> Batch:
-        """Events of this log for its readers."""
-        return Batch(self.fence, events)
-
     def reset(self, number: int) -> Batch:
         """Tells a reader to begin anew behind a number."""
         return reset_at(Cursor(self.fence, number))
 
-    def shown(self) -> Batch:
-        """Tells the reader of a feed that the transcript has all of this turn."""
-        return self.reset(SHOWN)
+    def repeated_end(self, number: int) -> Batch:
+        """The terminal event once more for a reader at a number, or beyond the end: its cursor never goes back."""
+        return Batch(self.fence, [msgspec.structs.replace(self.events[-1], number=max(number, self.last))])
 
     async def changed(self, timeout_s: float) -> bool:
         """Waits for the next change; False when there was none."""

@@ -2,9 +2,7 @@
 
 from collections.abc import AsyncIterator
 
-import msgspec
-
-from gateway.streams.events import HEARTBEAT, TERMINAL, Cursor, Item
+from gateway.streams.events import HEARTBEAT, SHOWN, TERMINAL, Batch, Cursor, Item
 from gateway.streams.log import TurnLog
 
 
@@ -15,34 +13,38 @@ async def read_log(
 
     A reader whose cursor is at the end or beyond it gets the terminal event again, unless `repeat_end` is false.
     """
-    position = 0
-    if cursor is not None:
-        position = cursor.number
-        if not turn_log.has_cursor(cursor):
-            position = turn_log.first - 1
-            yield turn_log.reset(position)
+    position = 0 if cursor is None else cursor.number
+    if cursor is not None and not turn_log.has_cursor(cursor):
+        position = turn_log.first - 1
+        yield turn_log.reset(position)
     while True:
         if position + 1 < turn_log.first:
-            # Events were dropped that this reader has not seen.
-            if turn_log.rebuilt and position and not repeat_end:
-                # The reader of a feed, who now looks at the transcript: all of the rebuilt log is in it.
-                yield turn_log.shown()
+            position, reset = _skip(turn_log, position, repeat_end)
+            if reset is not None:
+                yield reset
+            if position == SHOWN:
                 return
-            whole, position = position == 0 and turn_log.rebuilt, turn_log.first - 1
-            if not whole:
-                yield turn_log.reset(position)
         events = turn_log.behind(position)
         if events:
-            yield turn_log.batch(events)
+            yield Batch(turn_log.fence, events)
             position = events[-1].number
             if events[-1].kind in TERMINAL:
                 return
         elif turn_log.done:
             if repeat_end or position > turn_log.last:
-                # Numbered so that the reader's cursor never goes back.
-                yield turn_log.batch([msgspec.structs.replace(turn_log.events[-1], number=max(position, turn_log.last))])
+                yield turn_log.repeated_end(position)
             return
         elif turn_log.cut_off:
             return
         elif not await turn_log.changed(heartbeat_s):
             yield HEARTBEAT
+
+
+def _skip(turn_log: TurnLog, position: int, repeat_end: bool) -> tuple[int, Batch | None]:
+    """Where a reader goes on for whom the log no longer has the next event, and the reset that tells it."""
+    if turn_log.rebuilt and position == 0:
+        # It has seen nothing, and a rebuilt log is the whole turn: nothing is missing.
+        return turn_log.first - 1, None
+    # A reset sends the reader to the transcript, which has all of a rebuilt log: a feed need not repeat it.
+    position = SHOWN if turn_log.rebuilt and not repeat_end else turn_log.first - 1
+    return position, turn_log.reset(position)

@@ -10,11 +10,7 @@ import httpx
 from gateway.app import Stores
 from persistence.redis.scripts import Scripts
 from tests.support.spoken import Spoken, SpokenPod
-from tests.support.sse import (
-    Event,
-    Stream,
-    speak,
-)
+from tests.support.sse import Event, Stream, speak
 
 Pods = tuple[SpokenPod, SpokenPod]
 SHOP = {"Origin": "https://shop.example"}
@@ -42,7 +38,7 @@ async def rest_of(stream: Stream) -> list[Event]:
 
 
 def rewrite(scripts: Scripts, name: str, change: Callable[[str], str]) -> None:
-    """Takes a guard out of a script, for these `scripts` alone: what controls are made of."""
+    """Takes a guard out of a script for a control; other pods' `scripts` stay as they are."""
     text = change(scripts._texts[name])
     assert text != scripts._texts[name], f"nothing was changed in {name}"
     scripts._texts[name] = text

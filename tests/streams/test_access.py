@@ -6,11 +6,7 @@ import pytest
 from tests.conftest import PutAgent
 from tests.streams.steps import SHOP, Pods, problem, rest_of, rewrite, spoken_turn
 from tests.support.spoken import Spoken, SpokenPod, new_session_id, stored_events
-from tests.support.sse import (
-    open_stream,
-    resume,
-    speak,
-)
+from tests.support.sse import open_stream, resume, speak
 
 
 async def foreign_readings(pod: SpokenPod, turn_id: str, session_id: str, cursor: str) -> list[httpx.Response | bytes]:

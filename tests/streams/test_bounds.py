@@ -2,13 +2,7 @@
 
 from tests.streams.steps import Pods, rest_of
 from tests.support.spoken import Spoken, stored_events
-from tests.support.sse import (
-    check_whole,
-    kinds,
-    resume,
-    speak,
-    text_of,
-)
+from tests.support.sse import check_whole, kinds, resume, speak, text_of
 
 
 async def test_a_log_is_bounded_and_a_late_reader_is_told(pods: Pods, spoken: Spoken, session_id: str) -> None:

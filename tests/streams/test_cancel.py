@@ -10,13 +10,7 @@ from tests.conftest import PutAgent
 from tests.streams.steps import SHOP, Pods, problem, rest_of, spoken_turn, waiting
 from tests.support.serving import wait_for
 from tests.support.spoken import Spoken, spoken_pod
-from tests.support.sse import (
-    check_whole,
-    kinds,
-    resume,
-    speak,
-    watch,
-)
+from tests.support.sse import check_whole, kinds, resume, speak, watch
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["on the same pod", "on another pod"])

@@ -10,10 +10,7 @@ from tests.conftest import PutAgent
 from tests.streams.steps import Pods, problem, rest_of, spoken_turn, waiting
 from tests.support.serving import wait_for
 from tests.support.spoken import Spoken, SpokenPod
-from tests.support.sse import (
-    kinds,
-    speak,
-)
+from tests.support.sse import kinds, speak
 
 
 @pytest.mark.parametrize("first", ["stream", "message"])

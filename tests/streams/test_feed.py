@@ -17,13 +17,7 @@ from tests.streams.steps import SHOP, Pods, problem, rest_of, spoken_turn
 from tests.support.rule import all_keys
 from tests.support.serving import wait_for
 from tests.support.spoken import Spoken, SpokenPod, stored_events
-from tests.support.sse import (
-    kinds,
-    resume,
-    speak,
-    text_of,
-    watch,
-)
+from tests.support.sse import kinds, resume, speak, text_of, watch
 
 
 async def test_the_second_tab_sees_every_turn_as_it_happens(pods: Pods, spoken: Spoken, session_id: str) -> None:

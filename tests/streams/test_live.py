@@ -12,13 +12,7 @@ from tests.conftest import PutAgent
 from tests.streams.steps import SHOP, Pods, problem, rest_of, spoken_turn
 from tests.support.serving import wait_for
 from tests.support.spoken import Spoken, new_session_id
-from tests.support.sse import (
-    check_whole,
-    kinds,
-    resume,
-    speak,
-    text_of,
-)
+from tests.support.sse import check_whole, kinds, resume, speak, text_of
 
 
 async def test_a_turn_streams_its_start_its_text_and_its_end(pods: Pods, spoken: Spoken, session_id: str) -> None:

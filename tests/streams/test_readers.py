@@ -10,13 +10,7 @@ from persistence.model.session import Access
 from tests.streams.steps import Pods, rest_of
 from tests.support.serving import wait_for
 from tests.support.spoken import Spoken, stored_events
-from tests.support.sse import (
-    kinds,
-    resume,
-    speak,
-    text_of,
-    watch,
-)
+from tests.support.sse import kinds, resume, speak, text_of, watch
 
 
 async def test_heartbeats_keep_idle_streams_open(pods: Pods, spoken: Spoken, session_id: str) -> None:

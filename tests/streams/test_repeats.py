@@ -7,13 +7,7 @@ import pytest
 
 from tests.streams.steps import Pods, problem, rest_of, spoken_turn
 from tests.support.spoken import Spoken
-from tests.support.sse import (
-    check_whole,
-    kinds,
-    resume,
-    speak,
-    text_of,
-)
+from tests.support.sse import check_whole, kinds, resume, speak, text_of
 
 
 @pytest.mark.parametrize("header", [False, True], ids=["message_id in the body", "Idempotency-Key"])

@@ -5,13 +5,7 @@ import pytest
 from gateway.app import Stores
 from tests.streams.steps import Pods, problem, rest_of, spoken_turn
 from tests.support.spoken import Spoken
-from tests.support.sse import (
-    check_whole,
-    kinds,
-    resume,
-    speak,
-    text_of,
-)
+from tests.support.sse import check_whole, kinds, resume, speak, text_of
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["on the same pod", "on another pod"])

@@ -12,10 +12,7 @@ from persistence.redis.wakeups import WakeUps
 from tests.streams.steps import Pods, rest_of
 from tests.support.serving import wait_for
 from tests.support.spoken import Spoken
-from tests.support.sse import (
-    resume,
-    speak,
-)
+from tests.support.sse import resume, speak
 
 
 async def test_wakeups_take_one_connection_however_the_first_subscriptions_fall(settings: Settings, stores: Stores) -> None:
