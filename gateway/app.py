@@ -43,7 +43,7 @@ from gateway.limits.refusals import Refusals
 from gateway.metrics import Metrics
 from gateway.problems import Problem
 from gateway.settings import Settings
-from gateway.streams.follow import Streams
+from gateway.streams.streams import Streams
 from gateway.turns.in_process import AgentRuntime
 from gateway.turns.turns import Turns
 from persistence.errors import PersistenceError, PostgresUnavailable, RedisUnavailable
@@ -124,7 +124,7 @@ class Pod:
             stores.outbox,
         )
         self.wakeups = WakeUps(stores.client, stores.keys)
-        self.streams = Streams(self.history, stores.sessions, self.wakeups, stores.keys)
+        self.streams = Streams(self.history, stores.sessions, stores.logs, self.wakeups, stores.keys)
         self.turns = Turns(
             stores.sessions,
             stores.logs,

@@ -19,8 +19,8 @@ from gateway.limits.admission import Admission
 from gateway.limits.limiter import Limiter
 from gateway.limits.open_streams import OpenStreams
 from gateway.problems import AgentInactive, InvalidField, NoTurnRunning, TurnNotFound
-from gateway.streams.follow import Streams, render
 from gateway.streams.log import TurnLog
+from gateway.streams.streams import Streams
 from gateway.turns.in_process import AgentRuntime
 from gateway.turns.refusals import existing
 from gateway.turns.request import MessageId, SessionId, TurnRequest
@@ -137,13 +137,13 @@ class ChatApi:
             with audited("stream_opened", known_operator(request), agent=agent.id, session=masked(turn.session_id)):
                 begun = await self._runtime.stream(agent, turn, admission)
                 if isinstance(begun, TurnLog):
-                    events = render(begun, None)
+                    items = self._streams.read(begun)
                 else:
                     # The turn is another call's: any number of these may come.
                     stream.check(turn.session_id)
-                    events = await self._streams.open_turn(turn.session_id, begun.turn_id, turn.access, None)
+                    items = await self._streams.open_turn(turn.session_id, begun.turn_id, turn.access, None)
             stream.join(turn.session_id)
-            return event_stream(events, stream.hand_over(), admission.headers())
+            return event_stream(items, stream.hand_over(), admission.headers())
 
     async def resume(self, request: Request) -> Response:
         """GET /api/chat/{agent_id}/turns/{turn_id}/stream"""
@@ -158,10 +158,10 @@ class ChatApi:
             self._open_streams.enter(address_of(request)) as stream,
             audited("stream_opened", known_operator(request), agent=agent.id, session=masked(session_id)),
         ):
-            events = await self._streams.open_turn(session_id, turn_id, access, cursor)
+            items = await self._streams.open_turn(session_id, turn_id, access, cursor)
             stream.check(session_id)
             stream.join(session_id)
-            return event_stream(events, stream.hand_over())
+            return event_stream(items, stream.hand_over())
 
     async def cancel(self, request: Request) -> Response:
         """POST /api/chat/{agent_id}/cancel"""

@@ -11,7 +11,7 @@ import msgspec
 from starlette.requests import ClientDisconnect, Request
 
 from gateway.problems import BodyTooLarge, BodyTooSlow, InvalidField, InvalidJson, UnsupportedMediaType
-from gateway.streams.events import Cursor, parse_cursor
+from gateway.streams.events import Cursor
 
 Body = TypeVar("Body")
 
@@ -38,8 +38,9 @@ class BodyBounds(msgspec.Struct, frozen=True):
 
 def read_cursor(request: Request) -> Cursor | None:
     """The cursor of the Last-Event-ID header. Raises InvalidField."""
+    text = request.headers.get("last-event-id")
     try:
-        return parse_cursor(request.headers.get("last-event-id"))
+        return Cursor.parse(text) if text else None
     except ValueError as error:
         raise InvalidField(f"Last-Event-ID: {error}", field="Last-Event-ID") from error
 

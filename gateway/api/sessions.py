@@ -35,7 +35,7 @@ from gateway.problems import (
     TokenRequired,
     UserTokenInvalid,
 )
-from gateway.streams.follow import Streams
+from gateway.streams.streams import Streams
 from gateway.turns.refusals import existing, raise_refusal
 from gateway.turns.request import SessionId
 from persistence.errors import PersistenceError
@@ -301,10 +301,10 @@ class SessionsApi:
         with self._open_streams.enter(address_of(request)) as stream:
             access = await self._access(request, session_id)
             with audited("session_followed", known_operator(request), session=masked(session_id)):
-                events = await self._streams.open_feed(session_id, access, read_cursor(request))
+                items = await self._streams.open_feed(session_id, access, read_cursor(request))
             stream.check(session_id)
             stream.join(session_id)
-            return event_stream(events, stream.hand_over())
+            return event_stream(items, stream.hand_over())
 
     async def end(self, request: Request) -> Response:
         """POST /api/sessions/{session_id}/end"""

@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from gateway.streams.events import Event
 from persistence.model.agents import Agent
 from persistence.model.session import ChatMessage
 from persistence.model.storable import storable_text
@@ -34,7 +35,7 @@ class GraphOutput(msgspec.Struct):
     model_used: str | None = None
 
 
-Emit = Callable[[str, Any], None]
+Emit = Callable[[Event], None]
 
 RunGraph = Callable[[Agent, GraphInput, Emit | None], Awaitable[GraphOutput]]
 

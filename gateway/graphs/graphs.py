@@ -23,6 +23,7 @@ from gateway.graphs.exits import in_graph
 from gateway.graphs.messages import TO_LANGCHAIN
 from gateway.logs import frames
 from gateway.problems import GraphFailed, GraphInvalidOutput, GraphNotConfigured, InvalidField
+from gateway.streams.events import Custom, TextDelta
 from persistence.model.agents import Agent, AgentDefinition
 from persistence.model.storable import storable_json, storable_text
 
@@ -129,9 +130,9 @@ async def _run(
             if not namespace:
                 output = part
         elif mode == "custom":
-            emit("custom", _storable_object(part if isinstance(part, dict) else {"value": part}, "a custom event"))
+            emit(Custom(_storable_object(part if isinstance(part, dict) else {"value": part}, "a custom event")))
         elif isinstance(part[0], AIMessage) and part[0].text:
-            emit("text.delta", {"text": storable_text(str(part[0].text))})
+            emit(TextDelta(storable_text(str(part[0].text))))
     return output
 
 

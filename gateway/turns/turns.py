@@ -33,8 +33,10 @@ from gateway.problems import (
     TurnTimeout,
     problem_of,
 )
-from gateway.streams.events import answer_metadata, turn_started
+from gateway.streams import events
+from gateway.streams.events import answer_metadata
 from gateway.streams.log import TurnLog, TurnWriter, replay_log
+from gateway.streams.streams import Streams
 from gateway.turns.refusals import raise_refusal
 from gateway.turns.request import Attached, AttachedElsewhere, TurnRequest, TurnResult
 from persistence.errors import PersistenceError, RedisUnavailable
@@ -64,14 +66,6 @@ class Hydrates(Protocol):
     async def hydrate(self, session_id: str, ticket: int) -> bool: ...
 
 
-class OwnsStreams(Protocol):
-    """What turns need of the streams: who runs what here."""
-
-    def own(self, turn_id: str, turn_log: TurnLog) -> None: ...
-
-    def disown(self, turn_id: str) -> None: ...
-
-
 class Turns:
     """Runs turns. `queue_wait_s` is how long a message waits for the turns before it."""
 
@@ -79,7 +73,7 @@ class Turns:
         self,
         store: SessionStore,
         logs: TurnLogs,
-        streams: OwnsStreams,
+        streams: Streams,
         hydrator: Hydrates,
         run_graph: RunGraph,
         metrics: Metrics,
@@ -351,22 +345,22 @@ class Turns:
         part = None
         if writer is not None:
             if not writer.has_text:
-                writer.emit("text.delta", {"text": output.response})
-            part = await writer.seal("turn.completed", result)
+                writer.emit(events.TextDelta(output.response))
+            part = await writer.seal(events.TurnCompleted(result.response, result.metadata))
         await self._commit(turn, begun, stored, output.context, part)
         if writer is not None:
             writer.publish()
-            self._streams.disown(turn.id)
+            self._streams.close_log(turn.id)
         return result
 
     def _open_log(self, turn: "_Running") -> TurnWriter | None:
         """The log of a turn that somebody wants streamed."""
         if turn.opened is None:
             return None
-        turn.writer = TurnWriter(self._logs, turn.request.session_id, turn.id, turn.fence)
         request = turn.request
-        turn.writer.emit("turn.started", turn_started(turn.id, request.session_id, request.message, request.message_id))
-        self._streams.own(turn.id, turn.writer.log)
+        turn.writer = self._streams.open_log(request.session_id, turn.id, turn.fence)
+        started = events.TurnStarted(turn.id, request.session_id, request.message, request.message_id or None)
+        turn.writer.emit(started)
         turn.opened.set_result(turn.writer.log)
         return turn.writer
 
@@ -455,7 +449,7 @@ class Turns:
         except PersistenceError as error:
             log.warning("turn.end_unknown", turn_id=turn.id, error=str(error))
             return TurnSuperseded()
-        if isinstance(found, Following) and found.events and found.events[-1].kind == "turn.cancelled":
+        if isinstance(found, Following) and found.events and found.events[-1].kind == events.TurnCancelled.kind:
             return TurnCancelled()
         return TurnSuperseded()
 
@@ -463,7 +457,7 @@ class Turns:
         """Lets go of what the turn holds, and ends its log with the reason."""
         part = None
         if turn.writer is not None:
-            part = await turn.writer.seal(*_last_word(error))
+            part = await turn.writer.seal(_last_event(error))
         if not turn.settled:
             aborting = asyncio.create_task(self._abort(turn, part))
             self._aborting.add(aborting)
@@ -472,7 +466,7 @@ class Turns:
             await asyncio.wait({aborting}, timeout=ABORT_WAIT_S)
         if turn.writer is not None:
             turn.writer.publish()
-            self._streams.disown(turn.id)
+            self._streams.close_log(turn.id)
 
     async def _abort(self, turn: "_Running", part: Part | None) -> None:
         deadline = monotonic() + self._store.lease_ms / 1000
@@ -488,11 +482,11 @@ class Turns:
             await asyncio.sleep(TRY_AGAIN_S)
 
 
-def _last_word(error: BaseException) -> tuple[str, dict[str, Any]]:
+def _last_event(error: BaseException) -> events.Event:
     """The terminal event of a turn that was not answered."""
     match error:
         case TurnCancelled():
-            return "turn.cancelled", {}
+            return events.TurnCancelled()
         case Problem():
             problem = error
         case PersistenceError():
@@ -501,7 +495,7 @@ def _last_word(error: BaseException) -> tuple[str, dict[str, Any]]:
             problem = Draining()
         case _:
             problem = Problem()
-    return "turn.failed", {"code": problem.code, "title": problem.title, "retryable": problem.retryable}
+    return events.TurnFailed(problem.code, problem.title, problem.retryable)
 
 
 class _Running:

@@ -8,10 +8,10 @@ LOG_TTL_MS = 300_000
 """Expiry of a turn log after its last entry: for so long a stream can be resumed."""
 
 
-class Event(msgspec.Struct, frozen=True):
+class LoggedEvent(msgspec.Struct, frozen=True):
     """Event number `n` of a turn, from 1: its kind, and its data as JSON."""
 
-    n: int
+    number: int
     kind: str
     data: bytes
 
@@ -23,7 +23,7 @@ class Part(msgspec.Struct, frozen=True):
     """
 
     after: int
-    events: list[Event]
+    events: list[LoggedEvent]
     keep_from: int = 1
 
 
@@ -37,8 +37,8 @@ def log_arguments(keys: Keys, session_id: str, part: Part | None) -> dict[str, s
         "channel": channel,
         "events": b"[" + events + b"]",
         "after": part.after,
-        "first": part.events[0].n,
-        "last": part.events[-1].n,
+        "first": part.events[0].number,
+        "last": part.events[-1].number,
         "keep_from": part.keep_from,
         "log_ttl_ms": LOG_TTL_MS,
     }

@@ -12,7 +12,7 @@ from persistence.model.codec import decode_session, decode_turn, unreadable
 from persistence.model.ids import masked
 from persistence.model.session import Access, Session, Turn
 from persistence.redis.keys import Keys
-from persistence.redis.log_entries import LOG_TTL_MS, Event, Part, log_arguments
+from persistence.redis.log_entries import LOG_TTL_MS, LoggedEvent, Part, log_arguments
 from persistence.redis.outcomes import Absent, Reason, Refused
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import TICKET_MS, access_arguments
@@ -24,7 +24,7 @@ class Following(msgspec.Struct):
     """The events behind a cursor, and the turn's state: running (`lease_left_ms`), committed (`turn`, `session`) or gone."""
 
     fence: int
-    events: list[Event]
+    events: list[LoggedEvent]
     lease_left_ms: int | None = None
     session: Session | None = None
     turn: Turn | None = None
@@ -49,7 +49,7 @@ class TurnLogs:
         arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
         match await self._scripts.run("append", session_id, keys, arguments):
             case ["appended"]:
-                return part.events[-1].n
+                return part.events[-1].number
             case ["gap", tail]:
                 return int(tail)
             case _:
@@ -107,15 +107,15 @@ def _reason(word: str) -> Reason:
     return word  # type: ignore[return-value]  # the scripts' refusals are the type's words
 
 
-def _events(entries: list[Any], where: str) -> tuple[int, list[Event]]:
+def _events(entries: list[Any], where: str) -> tuple[int, list[LoggedEvent]]:
     """The fence and the events of entries as Redis returns them. Raises Damaged."""
     fence, events = 0, []
     for entry, fields in entries:
         try:
             named = dict(zip(fields[::2], fields[1::2], strict=True))
             fence = int(entry.split(b"-")[0])
-            for n, (kind, data) in enumerate(_decoder.decode(named[b"events"]), int(named[b"first"])):
-                events.append(Event(n, kind, bytes(data)))
+            for number, (kind, data) in enumerate(_decoder.decode(named[b"events"]), int(named[b"first"])):
+                events.append(LoggedEvent(number, kind, bytes(data)))
         except (KeyError, ValueError, msgspec.DecodeError) as error:
             raise Damaged(where, f"event {entry!r}", unreadable(error)) from error
     return fence, events

@@ -16,6 +16,7 @@ from gateway.dev.servers.redis import RedisServer
 from gateway.graphs.contract import GraphInput
 from gateway.graphs.graphs import Graphs
 from gateway.graphs.loading import load_graphs
+from gateway.streams.events import Event, TextDelta
 from persistence.model.agents import Agent, AgentDefinition
 from scripts.benchmarks.servers import KEY, gateway, own_servers
 
@@ -76,8 +77,8 @@ async def first_token_alone(graphs: Graphs) -> float:
     began = perf_counter()
     first: list[float] = []
 
-    def emit(kind: str, data: object) -> None:
-        if kind == "text.delta" and not first:
+    def emit(event: Event) -> None:
+        if isinstance(event, TextDelta) and not first:
             first.append((perf_counter() - began) * 1000)
 
     graph_input = GraphInput([], "Hello there", "1", {}, {}, "session_of_the_bench", "text")

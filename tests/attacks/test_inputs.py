@@ -21,7 +21,6 @@ from gateway.graphs.graphs import Graphs
 from gateway.problems import InvalidField
 from gateway.server.protocol import ConnectionLimits
 from gateway.settings import Settings
-from gateway.streams import follow
 from tests.conftest import PutAgent
 from tests.support.raw import RawConnection, ask, request
 from tests.support.serving import ADMIN, ADMIN_KEY, served, wait_for
@@ -510,10 +509,10 @@ async def test_holding_memory_by_never_reading_an_answer(client: httpx.AsyncClie
 
 
 async def test_leaving_streams_behind_by_a_request_that_waits_behind_them(
-    client: httpx.AsyncClient, url: str, pod: Pod, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, url: str, pod: Pod
 ) -> None:
     """uvicorn tells only the request that came last that its client has gone: the stream before it would go on for ever."""
-    monkeypatch.setattr(follow, "HEARTBEAT_S", 0.1)
+    pod.streams.options = msgspec.structs.replace(pod.streams.options, heartbeat_s=0.1)
     session_id = new_session_id()
     await say(client, session_id)
     for _ in range(3):

@@ -3,9 +3,10 @@
 import json
 from typing import Any
 
+from gateway.streams.events import TERMINAL
 from tests.chaos.graphs.recall import SECRET
 from tests.chaos.ledger import Conversation, Ledger, Message
-from tests.support.sse import TERMINAL, Event, text_of
+from tests.support.sse import Event, text_of
 
 REFUSALS = frozenset(("queue_full", "turn_in_progress", "session_ended"))
 """Codes that say that the message was not answered, and will not be."""

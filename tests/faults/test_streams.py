@@ -20,13 +20,13 @@ from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
-from gateway.streams import follow
+from gateway.streams.events import TERMINAL
 from persistence.model.agents import AgentDefinition
 from tests.conftest import PutAgent
 from tests.support.balancer import Balancer, balancer_before
 from tests.support.serving import GatewayProcess, wait_for
-from tests.support.spoken import Spoken, SpokenPod, new_session_id, spoken_pod
-from tests.support.sse import TERMINAL, Event, check_whole, kinds, resume, speak, text_of, watch
+from tests.support.spoken import Spoken, SpokenPod, new_session_id, spoken_pod, stored_events
+from tests.support.sse import Event, check_whole, kinds, resume, speak, text_of, watch
 
 LEASE_S = 2
 NOISE_S = 4
@@ -190,22 +190,11 @@ async def test_control_without_its_first_number_a_log_is_resumed_wrongly(
                 spoken.say("Hello", piece)
                 await stream.until("text.delta")
                 turn_id = stream.events[0].data["turn_id"]
-                await in_redis(stores, session_id, turn_id, len(stream.events))
+                await stored_events(stores, session_id, turn_id, len(stream.events))
             spoken.end("Hello")
             await stream.rest()
         async with resume(other.client, session_id, turn_id) as late:
             assert await late.rest() != stream.events
-
-
-async def in_redis(stores: Stores, session_id: str, turn_id: str, last: int) -> None:
-    """Waits until the log of a turn has come to event number `last`."""
-
-    async def stored() -> bool:
-        key = stores.keys.events(session_id, turn_id)
-        entries = await stores.client.execute_command("XREVRANGE", key, "+", "-", "COUNT", 1)
-        return bool(entries) and int(entries[0][0].split(b"-")[1]) >= last
-
-    await wait_for(stored, f"event {last} is in Redis")
 
 
 # ------------------------------------------------------------------------------------------------------ a pod dies or stalls
@@ -222,7 +211,7 @@ async def test_when_its_pod_is_killed_a_turn_ends_for_those_who_resume_it(
         client = await stack.enter_async_context(httpx.AsyncClient(base_url=victim.url, timeout=40))
         dying = await stack.enter_async_context(speak(client, session_id, message, agent="long"))
         turn_id = (await dying.take(5))[0].data["turn_id"]
-        await in_redis(stores, session_id, turn_id, 5)
+        await stored_events(stores, session_id, turn_id, 5)
         before = await stack.enter_async_context(resume(clients[0], session_id, turn_id, dying.events[1].id, agent="long"))
         tab = await stack.enter_async_context(watch(clients[1], session_id))
         assert await before.take(3) == dying.events[2:]
@@ -354,14 +343,14 @@ async def test_a_log_that_redis_lost_in_part_is_written_again(
             for n, lost in enumerate(("last", "all", "last"), 1):
                 spoken.say("Hello", f"{n}a ")
                 await stream.take(1)
-                await in_redis(stores, session_id, turn_id, len(stream.events))
+                await stored_events(stores, session_id, turn_id, len(stream.events))
                 if lost == "all":
                     await stores.client.delete(key)
                 else:
                     await forget_newest(stores, key)
                 spoken.say("Hello", f"{n}b ")
                 await stream.take(1)
-                await in_redis(stores, session_id, turn_id, len(stream.events))
+                await stored_events(stores, session_id, turn_id, len(stream.events))
                 async with resume(pods[1].client, session_id, turn_id) as late:
                     assert await late.take(len(stream.events)) == stream.events
             spoken.end("Hello")
@@ -395,11 +384,11 @@ async def test_control_without_gap_detection_what_redis_lost_is_missing(
             turn_id = (await stream.take(1))[0].data["turn_id"]
             spoken.say("Hello", "lost ")
             await stream.take(1)
-            await in_redis(stores, session_id, turn_id, 2)
+            await stored_events(stores, session_id, turn_id, 2)
             await stores.client.delete(stores.keys.events(session_id, turn_id))
             spoken.say("Hello", "kept ")
             await stream.take(1)
-            await in_redis(stores, session_id, turn_id, 3)
+            await stored_events(stores, session_id, turn_id, 3)
             async with resume(pods[1].client, session_id, turn_id) as late:
                 assert await late.take(2) != stream.events[:2]
             spoken.end("Hello")
@@ -455,14 +444,14 @@ async def test_a_lost_subscription_loses_nothing(
 
 
 async def test_a_follower_outlives_a_redis_that_is_away(
-    tmp_path: Path, settings: Settings, empty: None, spoken: Spoken, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, settings: Settings, empty: None, spoken: Spoken
 ) -> None:
     """And one that is away for longer than anybody would wait ends the stream with a word, not with silence."""
-    monkeypatch.setattr(follow, "GIVE_UP_S", 0.5)
     with RedisServer(tmp_path, free_port()) as redis:
         settings = msgspec.structs.replace(settings, redis_url=redis.url, drain_s=0)
         async with AsyncExitStack() as stack:
             pods = [await stack.enter_async_context(spoken_pod(settings, spoken)) for _ in range(2)]
+            pods[1].tune(give_up_s=0.5)
             await put_shop(pods[0])
             session_id = new_session_id()
             async with speak(pods[0].client, session_id, "Hello") as stream:

@@ -450,7 +450,7 @@ async def test_what_a_graph_was_given_is_not_its_answer(ending: str) -> None:
         await run_node(WITHOUT_ANSWER[ending], PlainState)
 
 
-@pytest.mark.parametrize("emit", [None, lambda kind, data: None], ids=["at once", "streamed"])
+@pytest.mark.parametrize("emit", [None, lambda event: None], ids=["at once", "streamed"])
 async def test_what_a_graph_keeps_to_itself_is_not_taken_from_it(emit: Emit | None) -> None:
     class Output(TypedDict):
         agent_response: str

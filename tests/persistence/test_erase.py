@@ -17,7 +17,7 @@ from persistence.model.session import Access, Message, Turn
 from persistence.model.times import iso
 from persistence.postgres.postgres import Transaction
 from persistence.redis.keys import GROUP
-from persistence.redis.log_entries import Event, Part
+from persistence.redis.log_entries import LoggedEvent, Part
 from persistence.redis.outbox import CLAIM_IDLE_MS
 from persistence.redis.outcomes import Absent, Begun, Refused
 from persistence.tasks import gather_bounded
@@ -385,7 +385,7 @@ class Race:
         return not fields["unflushed"] or bool(fields.get("dead"))
 
     async def _log(self, session_id: str, turn_id: str, begun: Begun) -> None:
-        await self._stores.logs.append(session_id, turn_id, begun.fence, Part(0, [Event(1, "text.delta", b"{}")]))
+        await self._stores.logs.append(session_id, turn_id, begun.fence, Part(0, [LoggedEvent(1, "text.delta", b"{}")]))
 
     async def check(self, rows: Rows) -> None:
         """Nothing of any of the sessions is anywhere."""

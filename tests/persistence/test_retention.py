@@ -15,7 +15,7 @@ from gateway.settings import Settings
 from persistence.model.agents import Agent, AgentDefinition
 from persistence.model.session import Access
 from persistence.postgres.statements import load_statements
-from persistence.redis.log_entries import Event, Part
+from persistence.redis.log_entries import LoggedEvent, Part
 from tests.support.pods import rewrite
 from tests.support.rule import all_keys
 from tests.support.serving import wait_for
@@ -127,7 +127,7 @@ async def test_one_of_a_known_user_and_one_that_needs_its_token_go_too(stores: S
 
 async def test_the_logs_of_its_turns_go_too(stores: Stores, flush: Flush, rows: Rows) -> None:
     turn_id, begun = await begin(stores, OLD)
-    await stores.logs.append(OLD, turn_id, begun.fence, Part(0, [Event(1, "text.delta", b"{}")]))
+    await stores.logs.append(OLD, turn_id, begun.fence, Part(0, [LoggedEvent(1, "text.delta", b"{}")]))
     await stores.sessions.abort(OLD, turn_id, begun.fence)
     await flush()
     assert await stores.client.exists(stores.keys.events(OLD, turn_id))

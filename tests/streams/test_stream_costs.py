@@ -16,7 +16,6 @@ from gateway.app import Stores
 from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
-from gateway.streams import log as log_module
 from persistence.model.agents import AgentDefinition, RateLimit
 from tests.conftest import PutAgent
 from tests.support.pods import gated_pod
@@ -72,8 +71,8 @@ async def test_a_turn_of_2000_tokens_in_a_second_makes_at_most_60_writes(pod: Sp
     assert written > 2, "nothing was written before the end"
 
 
-async def test_a_turn_shorter_than_40_ms_costs_no_extra_round_trip(pod: SpokenPod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "COALESCE_S", 10.0)
+async def test_a_turn_shorter_than_40_ms_costs_no_extra_round_trip(pod: SpokenPod) -> None:
+    pod.tune(coalesce_s=10.0)
     session_id = new_session_id()
     for call in ("message", "stream"):
         body = {"message": "Hello", "session_id": session_id}
@@ -127,8 +126,8 @@ async def test_with_every_check_on_a_turn_is_two_round_trips(
         assert [name for name in asked if name not in ("limit", "command")] == ["begin", "commit"]
 
 
-async def test_control_without_coalescing_every_token_is_a_write(pod: SpokenPod, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(log_module, "COALESCE_S", 0.0)
+async def test_control_without_coalescing_every_token_is_a_write(pod: SpokenPod) -> None:
+    pod.tune(coalesce_s=0.0)
     spoken = pod.spoken
     session_id = new_session_id()
     before = await calls(pod.stores, "xadd")

@@ -147,6 +147,10 @@ class SpokenPod:
         assert answer.status_code == 200, answer.text
         return [message["content"] for message in answer.json()["messages"]]
 
+    def tune(self, **changes: Any) -> None:
+        """Changes times and bounds of the streams and logs that are opened here from now on."""
+        self.pod.streams.options = msgspec.structs.replace(self.pod.streams.options, **changes)
+
     @property
     def wakeups(self) -> set[str]:
         """The channels that somebody here listens to, the pod's own apart."""
@@ -166,6 +170,17 @@ async def spoken_pod(settings: Settings, spoken: Spoken, **changes: Any) -> Asyn
         stack.callback(spoken.give_up)
         await wait_for(lambda: pod.wakeups._pubsub is not None, "the pod listens")
         yield SpokenPod(pod, client, spoken)
+
+
+async def stored_events(stores: Stores, session_id: str, turn_id: str, last: int) -> None:
+    """Waits until the log of a turn in Redis has come to event number `last`."""
+
+    async def stored() -> bool:
+        key = stores.keys.events(session_id, turn_id)
+        entries = await stores.client.execute_command("XREVRANGE", key, "+", "-", "COUNT", 1)
+        return bool(entries) and int(entries[0][0].split(b"-")[1]) >= last
+
+    await wait_for(stored, f"event {last} is in Redis")
 
 
 _numbers = iter(range(1, 1_000_000))

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import httpx
 
-TERMINAL = ("turn.completed", "turn.failed", "turn.cancelled")
+from gateway.streams.events import TERMINAL, TextDelta
+
 WAIT_S = 25.0
 
 
@@ -182,7 +183,7 @@ def watch(client: httpx.AsyncClient, session_id: str, cursor: str | None = None,
 
 def text_of(events: Sequence[Event]) -> str:
     """The deltas put together."""
-    return "".join(event.data["text"] for event in events if event.kind == "text.delta")
+    return "".join(event.data["text"] for event in events if event.kind == TextDelta.kind)
 
 
 def kinds(events: Sequence[Event]) -> list[str]:

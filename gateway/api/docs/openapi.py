@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.api.endpoint import EVENT_STREAM, Endpoint
 from gateway.problems import Problem, ProblemDocument
-from gateway.streams.events import TERMINAL
+from gateway.streams.events import KINDS, Event
 from gateway.turns.request import AttachedElsewhere, SessionId
 
 TITLES = {
@@ -60,13 +60,26 @@ HEADER_PARAMETERS: dict[str, dict[str, Any]] = {
     "If-None-Match": {"description": "The ETag of what is known", "schema": {"type": "string"}},
 }
 _TEXT = {"type": "string"}
+
+
+def _event_data(event: type[Event]) -> dict[str, Any]:
+    """The schema of an event's data: its type's, except for `custom`, whose data is any object."""
+    if event.data_type() is event:
+        return {"$ref": f"#/components/schemas/{event.__name__}"}
+    return {"type": "object", "description": event.__doc__}
+
+
 EVENT: dict[str, Any] = {
     "type": "object",
     "description": "An event of a turn. Exactly one that is called turn.completed, turn.failed or turn.cancelled ends it.",
     "properties": {
         "id": {"type": "string", "pattern": "^[0-9]+-[0-9]+$", "description": "What to send as Last-Event-ID"},
-        "event": {"type": "string", "enum": ["turn.started", "text.delta", "custom", "log.reset", *sorted(TERMINAL)]},
-        "data": {"type": "string", "contentMediaType": "application/json"},
+        "event": {"type": "string", "enum": list(KINDS)},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "contentSchema": {"anyOf": [_event_data(event) for event in KINDS.values()]},
+        },
     },
     "required": ["id", "event", "data"],
 }
@@ -84,6 +97,7 @@ def openapi_document(table: Sequence[Endpoint], version: str) -> dict[str, Any]:
     kinds: list[Any] = [ProblemDocument]
     for endpoint in table:
         kinds += [kind for kind in (endpoint.body, endpoint.query, *endpoint.answers.values()) if _is_struct(kind)]
+    kinds += [event for event in KINDS.values() if event.data_type() is event]
     kinds = list(dict.fromkeys(kinds))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     components["ProblemDocument"]["properties"]["code"] = {"type": "string", "enum": sorted(problem_codes())}

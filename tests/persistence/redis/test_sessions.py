@@ -21,7 +21,7 @@ from persistence.redis import keys
 from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.connection import Client
 from persistence.redis.keys import GROUP
-from persistence.redis.log_entries import Event, Part
+from persistence.redis.log_entries import LoggedEvent, Part
 from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Opened, Queued, Refused, Replay
 from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts, script_texts
@@ -1011,7 +1011,7 @@ async def _twice_renew(layer: Layer) -> Repeated:
 async def _twice_append(layer: Layer) -> Repeated:
     session_id = (await layer.open()).session_id
     begun, turn_id = await layer.begin(session_id)
-    part = Part(0, [Event(1, "turn.started", b"{}"), Event(2, "text.delta", b'{"text":"a"}')])
+    part = Part(0, [LoggedEvent(1, "turn.started", b"{}"), LoggedEvent(2, "text.delta", b'{"text":"a"}')])
     return lambda: TurnLogs(layer.scripts, layer.keys).append(session_id, turn_id, begun.fence, part)
 
 
