@@ -19,6 +19,7 @@ from gateway.api.answers import answer
 from gateway.api.entrance import load_agent
 from gateway.api.reading import BodyBounds, check_metadata, read_body, read_cursor, read_query
 from gateway.api.sse import event_stream
+from gateway.limits.admission import Outcome
 from gateway.limits.limiter import Admission, Limiter
 from gateway.limits.open_streams import OpenStreams
 from gateway.problems import (
@@ -36,7 +37,7 @@ from gateway.problems import (
     UserTokenInvalid,
 )
 from gateway.streams.follow import Streams
-from gateway.turns.refusals import Outcome, existing, raise_refusal
+from gateway.turns.refusals import existing, raise_refusal
 from gateway.turns.request import SessionId
 from persistence.errors import PersistenceError
 from persistence.history import OPERATOR, History

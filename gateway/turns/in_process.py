@@ -5,9 +5,9 @@ from typing import Any, Protocol
 import msgspec
 
 from gateway.access.domains import normal_domain
+from gateway.limits.admission import Admission
 from gateway.problems import AgentInactive, InvalidField
 from gateway.streams.log import TurnLog
-from gateway.turns.refusals import Admission
 from gateway.turns.request import Attached, SessionId, TurnRequest, TurnResult
 from gateway.turns.turns import Turns
 from persistence.model.agents import Agent
@@ -16,7 +16,7 @@ from persistence.model.storable import storable_value
 
 
 class FindsAgents(Protocol):
-    """What the runtime needs of the agents."""
+    """The agents, which are no layer below this one."""
 
     async def load(self, reference: str) -> Agent: ...
 
