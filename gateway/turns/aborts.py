@@ -27,7 +27,7 @@ class Aborts:
         self._draining = False
 
     async def abort(self, session_id: str, turn_id: str, fence: int, part: Part | None) -> None:
-        """Gives up a turn, running or waiting; `part` ends its log. Waits 0.1 s at most: the rest goes on in the background."""
+        """Gives up a turn, running or waiting; `part` ends its log. After 0.1 s it goes on in the background."""
         task = asyncio.create_task(self._abort(session_id, turn_id, fence, part))
         self._pending.add(task)
         task.add_done_callback(self._pending.discard)
