@@ -155,10 +155,10 @@ class Turn:
         """Takes the session, creating, hydrating or waiting for it as need be."""
         request = self.request
         digest = sha256(request.message.encode()).hexdigest()[:16] if request.message_id else ""
-        take = partial(self._take, digest, monotonic() + self._deps.queue_wait_s)
+        take_session = partial(self._take_session, digest, monotonic() + self._deps.queue_wait_s)
         try:
             found: Begun | Replay | Attached | None = await self._deps.hydrator.with_session(
-                request.session_id, take, self._create
+                request.session_id, take_session, self._create
             )
         except Problem:
             self._enter("refused")
@@ -166,7 +166,7 @@ class Turn:
         assert found is not None, "only without `create` nothing is found"
         return found
 
-    async def _take(self, digest: str, deadline_s: float) -> Begun | Replay | Attached | Absent:
+    async def _take_session(self, digest: str, deadline_s: float) -> Begun | Replay | Attached | Absent:
         """Asks for the session until it is this turn's, waiting for the turns before it. Raises a Problem."""
         while True:
             outcome = await self._ask(digest)

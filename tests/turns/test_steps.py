@@ -1,6 +1,6 @@
 """The steps of a turn where something comes between them: a cancel, a lost reply, a Redis that is away.
 
-And what its admission is told of each end.
+And what its admission is charged for at each end.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ ANYBODY = Access()
 
 
 class Recorded(Unlimited):
-    """An admission that keeps what it was told, and refuses a turn its place or its session if it is to."""
+    """An admission that records how its turn was settled. Without a `place` or a `session` to give it refuses the turn."""
 
     def __init__(self, *, place: bool = True, session: bool = True) -> None:
         self.settled: list[Outcome] = []
@@ -338,7 +338,7 @@ async def test_a_session_that_leaves_redis_again_and_again_is_refused_for_now(
     assert admission.settled == ["refused"]
 
 
-# ------------------------------------------------------------------------------------------- what the admission is told
+# ------------------------------------------------------------------------------------------- ------ what a turn costs
 
 
 @pytest.mark.parametrize(
