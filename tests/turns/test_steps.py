@@ -338,7 +338,7 @@ async def test_a_session_that_leaves_redis_again_and_again_is_refused_for_now(
     assert admission.settled == ["refused"]
 
 
-# ------------------------------------------------------------------------------------------- ------ what a turn costs
+# --------------------------------------------------------------------------------------------------- what a turn costs
 
 
 @pytest.mark.parametrize(
