@@ -1,7 +1,7 @@
 """The built-in graph `chat`: a chat model through LangChain's `init_chat_model`, set up by the agent's config.
 
-Needs the dependency group `llm`. The model's key comes from the environment, as its provider's package reads it, and a
-`base_url` only from the operator's list: a request can name neither.
+Needs the dependency group `llm`. A provider's key comes from the environment, as its package reads it, and a `base_url`
+from the operator's list: a visitor's request can name neither.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from langchain_core.runnables import RunnableConfig
 from langgraph.graph import MessagesState, StateGraph
 from langgraph.pregel import Pregel
 
-REMEMBERED = 100
+MAX_MODELS = 100
 
 
 class ChatConfig(msgspec.Struct, frozen=True):
@@ -51,17 +51,17 @@ class ChatGraph:
     async def _answer(self, state: MessagesState, config: RunnableConfig) -> dict[str, list[BaseMessage]]:
         checked = self.check(config.get("configurable", {}))
         prompt: list[BaseMessage] = [SystemMessage(checked.system_prompt)] if checked.system_prompt else []
-        # Within LangGraph's streaming modes the model streams by itself.
+        # In LangGraph's streaming modes `ainvoke` streams too.
         answer = await self._model(checked).ainvoke([*prompt, *state["messages"]])
         if checked.model.startswith("openai:") and not answer.response_metadata.get("finish_reason"):
-            # A connection that ends early looks like an end; what came is not an answer.
+            # A connection that is cut looks like an end to the client: the text so far is not an answer.
             raise RuntimeError("the model's stream stopped before its end")
         return {"messages": [answer]}
 
     def _model(self, config: ChatConfig) -> BaseChatModel:
         model = self._models.get(config)
         if model is None:
-            if len(self._models) >= REMEMBERED:
+            if len(self._models) >= MAX_MODELS:
                 self._models.clear()
             options: dict[str, Any] = {}
             if config.temperature is not None:
@@ -69,7 +69,7 @@ class ChatGraph:
             if config.base_url is not None:
                 options["base_url"] = config.base_url
             if config.model.startswith("openai:"):
-                # With a base_url of its own the package would leave the usage out of streams.
+                # With a base_url the package leaves the usage out of streams unless asked.
                 options["stream_usage"] = True
             model = self._models[config] = init_chat_model(config.model, **options)
         return model

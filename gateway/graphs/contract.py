@@ -8,9 +8,6 @@ import msgspec
 from gateway.streams.events import Event
 from persistence.model.agents import Agent
 from persistence.model.session import ChatMessage
-from persistence.model.storable import storable_text
-
-MAX_INT = 2**31 - 1
 
 
 class GraphInput(msgspec.Struct):
@@ -26,7 +23,7 @@ class GraphInput(msgspec.Struct):
 
 
 class GraphOutput(msgspec.Struct):
-    """What a graph gave back. `context` is None when it is to stay as it is."""
+    """What a graph gave back: all of it can be stored. `context` is None when it is to stay as it is."""
 
     response: str
     context: dict[str, Any] | None
@@ -36,16 +33,7 @@ class GraphOutput(msgspec.Struct):
 
 
 Emit = Callable[[Event], None]
+"""Takes an event of a streamed turn, whose data can be stored. Never waits."""
 
 RunGraph = Callable[[Agent, GraphInput, Emit | None], Awaitable[GraphOutput]]
-
-
-def storable_output(output: GraphOutput) -> GraphOutput:
-    """The output without what Postgres cannot store; context and metadata are so already."""
-    return GraphOutput(
-        response=storable_text(output.response),
-        context=output.context,
-        metadata=output.metadata,
-        tokens_used=None if output.tokens_used is None else min(max(output.tokens_used, 0), MAX_INT),
-        model_used=None if output.model_used is None else storable_text(output.model_used)[:100],
-    )
+"""Runs the agent's graph once. Raises GraphNotConfigured, GraphFailed or GraphInvalidOutput."""

@@ -14,7 +14,7 @@ from langgraph.pregel import Pregel
 
 
 class EchoState(TypedDict, total=False):
-    """The part of the state that the built-in `echo` uses."""
+    """The part of a run's state that `echo` uses."""
 
     messages: list[AnyMessage]
     user_input: str
@@ -23,7 +23,7 @@ class EchoState(TypedDict, total=False):
 
 
 class EchoModel(BaseChatModel):
-    """A chat model that says what it was told, in `chunks` pieces over `delay_s`."""
+    """A chat model that repeats the last message, streamed in `chunks` pieces over `delay_s`."""
 
     chunks: int
     delay_s: float
@@ -46,7 +46,7 @@ class EchoModel(BaseChatModel):
 
 
 class EchoConfig(msgspec.Struct):
-    """The config of an agent on the graph `echo`: how long an answer takes, and in how many pieces it streams."""
+    """The config of an agent on the graph `echo`: how long an answer takes, and the pieces that it is streamed in."""
 
     delay_ms: Annotated[float, msgspec.Meta(ge=0, le=3_600_000)] = 0
     chunks: Annotated[int, msgspec.Meta(ge=1, le=100_000)] = 1
@@ -64,7 +64,7 @@ async def _echo(state: EchoState, config: RunnableConfig) -> EchoState:
 
 
 def echo_graph() -> Pregel[Any, Any, Any, Any]:
-    """The built-in graph without a model, for demos and tests. Its config makes it slow, and stream."""
+    """The compiled graph. It answers at once unless the agent's config says otherwise (EchoConfig)."""
     graph = StateGraph(EchoState)
     graph.add_node("echo", _echo)
     graph.set_entry_point("echo")
@@ -72,4 +72,5 @@ def echo_graph() -> Pregel[Any, Any, Any, Any]:
 
 
 def check_echo(config: dict[str, Any]) -> None:
+    """Raises ValueError that names the field of a config that is wrong."""
     msgspec.convert(config, EchoConfig)

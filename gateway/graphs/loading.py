@@ -27,31 +27,36 @@ class GraphError(Exception):
 async def load_graphs(file: Path | None, base_urls: Sequence[str] = ()) -> Graphs:
     """The built-in graphs and those of the operator's langgraph.json (None: none). Raises GraphError.
 
-    `base_urls` are the endpoints that agents on the graph `chat` may name; without the dependency group `llm` there is no
-    such graph.
-
-    The file is LangGraph's own: `{"graphs": {"<name>": "<./file.py or module>:<variable>"}, "dependencies": ["."]}`.
+    `base_urls` are the endpoints that agents on the graph `chat` may name; that graph needs the dependency group `llm`.
     """
     graphs = {"echo": echo_graph()}
     checks: dict[str, CheckConfig] = {"echo": check_echo}
     if importlib.util.find_spec("langchain") is not None:
+        # Not imported above: its packages are optional.
         chat = importlib.import_module("gateway.graphs.chat").ChatGraph(base_urls)
         graphs["chat"], checks["chat"] = chat.compile(), chat.check
     contain_exits(asyncio.get_running_loop())
     entries: dict[str, Any] = {}
     if file is not None:
-        try:
-            project = json.loads(file.read_text())
-            entries = dict(project["graphs"])
-            dependencies = [str(entry) for entry in project.get("dependencies", ["."])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise GraphError(f"{file}: not a langgraph.json with `graphs`: {type(error).__name__}: {error}") from error
+        entries, dependencies = _read_project(file)
         _add_to_path(file.parent, dependencies)
         for name, reference in entries.items():
             if isinstance(reference, dict):
                 reference = reference.get("path", "")  # noqa: PLW2901
             graphs[name] = await _load_graph(name, str(reference), file.parent)
     return Graphs(graphs, {name: check for name, check in checks.items() if name not in entries})
+
+
+def _read_project(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """The graphs and the dependencies of a langgraph.json.
+
+    LangGraph's own format: `{"graphs": {"<name>": "<./file.py or module>:<variable>"}, "dependencies": ["."]}`.
+    """
+    try:
+        project = json.loads(file.read_text())
+        return dict(project["graphs"]), [str(entry) for entry in project.get("dependencies", ["."])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GraphError(f"{file}: not a langgraph.json with `graphs`: {type(error).__name__}: {error}") from error
 
 
 def _add_to_path(root: Path, dependencies: list[str]) -> None:
@@ -74,7 +79,7 @@ async def _load_graph(name: str, reference: str, root: Path) -> Pregel[Any, Any,
         if isinstance(found, StateGraph):
             found = found.compile()
     except (Exception, SystemExit) as error:
-        # Importing an operator's code can raise anything; the start stops with its name.
+        # Importing an operator's code can raise anything.
         raise GraphError(f"graph {name} ({reference}): {type(error).__name__}: {error}") from error
     if not isinstance(found, Pregel):
         raise GraphError(f"graph {name} ({reference}) is {type(found).__name__}, not a graph")

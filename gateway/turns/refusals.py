@@ -18,14 +18,14 @@ Found = TypeVar("Found")
 
 
 def raise_refusal(refused: Refused, admission: Admission | Unlimited | None = None) -> NoReturn:
-    """Raises the Problem that a refusal of the Redis layer is to a client."""
+    """Raises the Problem of a refusal; `admission` words that of the session's own rate limit."""
     match refused.reason:
         case "ended":
             raise SessionEnded
         case "erased":
             raise SessionErased
         case "foreign":
-            # From elsewhere it does not exist.
+            # To callers it is not bound to, a session does not exist.
             raise SessionNotFound
         case "unauthorized":
             raise TokenRequired
@@ -40,7 +40,7 @@ def raise_refusal(refused: Refused, admission: Admission | Unlimited | None = No
 
 
 def existing(found: Found | Refused | None) -> Found:
-    """What was found of a session. Raises the Problem that stands for it otherwise; an erased one does not exist."""
+    """What was found of a session. Raises the Problem of a refusal, SessionNotFound for nothing or an erased session."""
     if found is None or (isinstance(found, Refused) and found.reason == "erased"):
         raise SessionNotFound
     if isinstance(found, Refused):

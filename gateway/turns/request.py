@@ -4,7 +4,6 @@ from typing import Annotated, Any
 
 import msgspec
 
-from gateway.problems import TurnInProgress
 from persistence.model.agents import IfBusy
 from persistence.model.session import Access, Channel
 
@@ -13,14 +12,8 @@ SessionId = Annotated[str, msgspec.Meta(min_length=16, max_length=255, pattern=r
 MessageId = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+\Z")]
 
 
-class AttachedElsewhere(TurnInProgress):
-    """The message is answered by a turn that runs already; nothing failed."""
-
-    code = "attached"
-
-
 class TurnRequest(msgspec.Struct, kw_only=True):
-    """A visitor's message and what is known of its sender: `access` names the agent, the website and the user."""
+    """A visitor's message and its sender: `access` names the agent, the website and the user."""
 
     session_id: str
     message: str

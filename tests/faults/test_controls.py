@@ -41,9 +41,9 @@ SLOW = Edit(
 )
 """More time between what Postgres has committed and what Redis knows of it."""
 UNSENT = Edit(
-    "gateway/turns/turns.py",
-    "                committed = await self._store.commit(",
-    "                await asyncio.sleep(0.3)\n                committed = await self._store.commit(",
+    "gateway/turns/turn.py",
+    "                committed = await store.commit(",
+    "                await asyncio.sleep(0.3)\n                committed = await store.commit(",
 )
 """More time before a commit is sent, so that a pod is killed with it."""
 
@@ -67,10 +67,9 @@ CONTROLS = {
     "the answer is given before its record is on the outbox": Control(
         [
             Edit(
-                "gateway/turns/turns.py",
-                "        await self._commit(turn, begun, stored, output.context, part)\n",
-                "        turn.settled = True\n"
-                "        later = asyncio.create_task(self._commit(turn, begun, stored, output.context, part))\n"
+                "gateway/turns/turn.py",
+                "        await self._commit(begun, stored, output.context, part)\n",
+                "        later = asyncio.create_task(self._commit(begun, stored, output.context, part))\n"
                 "        await asyncio.wait({later}, timeout=0)\n",
             ),
             UNSENT,

@@ -1,7 +1,7 @@
 """The built-in graph `chat` against a local server that speaks OpenAI's wire format, through a pod."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
-import structlog
 
 from gateway.app import Stores, build_pod
 from gateway.settings import Settings
@@ -21,14 +20,6 @@ from tests.support.sse import check_whole, kinds, speak, text_of
 
 KEY = "sk-test-0123456789abcdef"
 SECRET = "my-card-number-4111"
-
-
-@pytest.fixture(autouse=True)
-def short_logs() -> Iterator[None]:
-    """Without tracebacks as they are drawn on terminals, which take a second each."""
-    structlog.configure(processors=[structlog.processors.KeyValueRenderer()])
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import msgspec
 from gateway.api.endpoint import EVENT_STREAM, Endpoint
 from gateway.problems import Problem, ProblemDocument
 from gateway.streams.events import KINDS, Event
-from gateway.turns.request import AttachedElsewhere, SessionId
+from gateway.turns.request import SessionId
 
 TITLES = {
     400: "The request or its body cannot be read",
@@ -140,7 +140,7 @@ def openapi_document(table: Sequence[Endpoint], version: str) -> dict[str, Any]:
 
 def problem_codes() -> set[str]:
     """The code of every problem that a client can meet."""
-    return {problem.code for problem in _subclasses(Problem) if problem is not AttachedElsewhere}
+    return {problem.code for problem in _subclasses(Problem)}
 
 
 def _subclasses(problem: type[Problem]) -> Iterator[type[Problem]]:
