@@ -228,7 +228,9 @@ def _merged(target: Any, patch: Any) -> Any:
 
 
 RESET_BY_NULL = frozenset(
-    field.name for field in msgspec.structs.fields(AgentDefinition) if not field.required and type(None) not in get_args(field.type)
+    field.name
+    for field in msgspec.structs.fields(AgentDefinition)
+    if not field.required and type(None) not in get_args(field.type)
 )
 """The fields that null takes back to their defaults. To the others it is a value, or an error."""
 

@@ -19,6 +19,8 @@ from gateway.graphs.graphs import CheckConfig, Graphs
 
 log = structlog.get_logger()
 
+BUILT_IN = ("chat", "echo")
+
 
 class GraphError(Exception):
     """A graph of langgraph.json cannot be loaded; the message names it and says why."""
@@ -40,18 +42,27 @@ async def load_graphs(file: Path | None, base_urls: Sequence[str] = ()) -> Graph
     contain_exits(asyncio.get_running_loop())
     entries: dict[str, Any] = {}
     if file is not None:
-        try:
-            project = json.loads(file.read_text())
-            entries = dict(project["graphs"])
-            dependencies = [str(entry) for entry in project.get("dependencies", ["."])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise GraphError(f"{file}: not a langgraph.json with `graphs`: {type(error).__name__}: {error}") from error
+        entries, dependencies = _read_project(file)
         _add_to_path(file.parent, dependencies)
         for name, reference in entries.items():
             if isinstance(reference, dict):
                 reference = reference.get("path", "")  # noqa: PLW2901
             graphs[name] = await _load_graph(name, str(reference), file.parent)
     return Graphs(graphs, {name: check for name, check in checks.items() if name not in entries})
+
+
+def graph_names(file: Path) -> set[str]:
+    """The graphs that agents may name beside this langgraph.json; no graph is imported. Raises GraphError."""
+    return {*BUILT_IN, *_read_project(file)[0]}
+
+
+def _read_project(file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Graphs by name, and dependencies."""
+    try:
+        project = json.loads(file.read_text())
+        return dict(project["graphs"]), [str(entry) for entry in project.get("dependencies", ["."])]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise GraphError(f"{file}: not a langgraph.json with `graphs`: {type(error).__name__}: {error}") from error
 
 
 def _add_to_path(root: Path, dependencies: list[str]) -> None:
