@@ -170,8 +170,9 @@ class Agents:
 
 def document_of(agent: Agent) -> Document:
     """An agent as it is shown, and can be written back: site keys as fingerprints."""
+    definition = msgspec.json.decode(msgspec.json.encode(agent.definition), type=Document)
     keys = [fingerprint(key) for key in agent.definition.site_keys]
-    return {"id": agent.id, "name": agent.name, **msgspec.to_builtins(agent.definition), "site_keys": keys}
+    return {"id": agent.id, "name": agent.name, **definition, "site_keys": keys}
 
 
 def read_definition(document: Document, reference: str, stored: Agent | None) -> AgentDefinition:

@@ -72,7 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_agents(commands: Any) -> None:
-    parser = commands.add_parser("agents", help="put, edit, show, list and delete agents")
+    text = "put, edit, show, list and delete agents"
+    parser = commands.add_parser("agents", help=text, description=f"{text.capitalize()}.")
     actions = parser.add_subparsers(required=True, metavar="action")
     put = _add(actions, "put", agents.put, "create an agent, or change the fields of one that are named")
     put.add_argument("name", help="name of the agent, or UUID of one that exists")

@@ -39,9 +39,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     # Stores
     redis_url: Secret = ""
-    """redis://, rediss://, redis+sentinel://host:26379/service or redis+cluster://. Needed by serve, worker, agents, dead."""
+    """redis://, rediss://, redis+sentinel://host:26379/service or redis+cluster://. For serve, worker, agents, dead."""
     database_url: Secret = ""
-    """postgresql://user:password@host:port/database; PgBouncer in transaction mode works. Needed by the same and migrate."""
+    """postgresql://user:password@host:port/database; PgBouncer in transaction mode works. For the same, and migrate."""
     database_connections: Annotated[int, msgspec.Meta(ge=1, le=1_000)] = 8
     """Connections to Postgres per process."""
     partitions: Annotated[int, msgspec.Meta(ge=0, le=16_384)] = 0
@@ -52,13 +52,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     # Access
     secret_key: Secret = ""
-    """Signs session tokens; at least 32 characters, the same on every pod. Needed by serve."""
+    """Signs session tokens; at least 32 characters, the same on every pod. For serve."""
     secret_key_previous: Secret = ""
     """A key that still verifies tokens but signs none: for changing the key."""
     token_ttl_s: Seconds = 2_592_000
     """How long a session token is valid."""
     admin_key: Secret = ""
-    """The bearer token of admin calls; at least 16 characters. Needed by serve."""
+    """The bearer token of admin calls; at least 16 characters. For serve."""
     admin_key_previous: Secret = ""
     """An admin key that is still accepted: for changing the key."""
     admin_plaintext: bool = False
