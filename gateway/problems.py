@@ -2,6 +2,7 @@
 
 Rendered as `application/problem+json` (RFC 9457) by one handler, in `api/rendering.py`."""
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -233,6 +234,21 @@ def problem_of(error: PersistenceError) -> Problem:
             return InvalidField("Postgres cannot store this")
         case _:
             return Problem()
+
+
+_FIELD = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*?)`)?$", re.DOTALL)
+
+
+def invalid_field(error: msgspec.ValidationError) -> InvalidField:
+    """The problem that names the field of a validation error."""
+    match = _FIELD.match(str(error))
+    what, where = (match["what"], match["where"] or "") if match else (str(error), "")
+    # The value itself is not repeated: it may be a secret that was put into the wrong field.
+    what = "Invalid enum value" if what.startswith("Invalid enum value") else what
+    where = re.sub(r"\[(\d+)\]", r".\1", where.replace("[...]", ""))
+    named = re.search(r"field `([^`]+)`", what)
+    field = ".".join(part for part in (where.lstrip("."), named[1] if named else "") if part) or "body"
+    return InvalidField(f"{field}: {what[0].lower()}{what[1:]}", field=field)
 
 
 SHOWN_CHARS = 500

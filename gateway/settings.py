@@ -1,6 +1,6 @@
-"""The settings: environment variables with the prefix GATEWAY_, read once, complete when built.
+"""The settings: environment variables with the prefix GATEWAY_, read and checked once, at the start.
 
-A variable that is missing, misspelt or out of range stops the start with a sentence that names it.
+A missing, misspelt or out-of-range variable stops the start with a sentence that names it.
 """
 
 import difflib
@@ -18,61 +18,90 @@ from persistence.redis.urls import UnusableUrl, default_partitions
 
 PREFIX = "GATEWAY_"
 TOKEN_BEGINS = "eyJ"  # noqa: S105
-"""How every JSON Web Token begins: its first part is a JSON object in base64 (RFC 7515). No admin key may."""
+"""The beginning of every JSON Web Token, a JSON object in base64 (RFC 7515). No admin key may begin so."""
 
 Network = IPv4Network | IPv6Network
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=31_536_000)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65_535)]
+Secret = Annotated[str, msgspec.Meta(extra={"secret": True})]
+"""A value that is never shown: a key, or a URL that can hold a password."""
 
 
 class SettingsError(Exception):
-    """A setting is missing or wrong; the message is a sentence that names it."""
+    """A setting is missing or wrong; the message names its variable."""
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Every setting. The name of the variable is the field's, in capitals, behind GATEWAY_."""
+    """Every setting. The variable is GATEWAY_ and the field's name in capitals.
 
-    redis_url: str = ""
-    """redis://, rediss://, redis+sentinel:// or redis+cluster://"""
-    database_url: str = ""
-    """postgresql://user:password@host:port/database"""
-    secret_key: str = ""
-    """Signs session tokens; at least 32 characters, the same on every pod."""
-    secret_key_previous: str = ""
+    `python -m gateway settings` prints this class: comments are the subjects, each docstring the setting's description.
+    """
+
+    # Stores
+    redis_url: Secret = ""
+    """redis://, rediss://, redis+sentinel://host:26379/service or redis+cluster://. For serve, worker, agents, dead."""
+    database_url: Secret = ""
+    """postgresql://user:password@host:port/database; PgBouncer in transaction mode works. For the same, and migrate."""
+    database_connections: Annotated[int, msgspec.Meta(ge=1, le=1_000)] = 8
+    """Connections to Postgres per process."""
+    partitions: Annotated[int, msgspec.Meta(ge=0, le=16_384)] = 0
+    """Partitions of the keys; 0 is 1 on a single Redis or Sentinel and 256 on Redis Cluster. Recorded in Redis, never
+    changes."""
+    key_prefix: str = "gw"
+    """First word of every Redis key: 1 to 32 of A-Z a-z 0-9 _ . -"""
+
+    # Access
+    secret_key: Secret = ""
+    """Signs session tokens; at least 32 characters, the same on every pod. For serve."""
+    secret_key_previous: Secret = ""
     """A key that still verifies tokens but signs none: for changing the key."""
-    admin_key: str = ""
-    """What admin calls carry as a bearer token; at least 16 characters."""
-    admin_key_previous: str = ""
-    """An admin key that is still taken: for changing the key."""
+    token_ttl_s: Seconds = 2_592_000
+    """How long a session token is valid."""
+    admin_key: Secret = ""
+    """The bearer token of admin calls; at least 16 characters. For serve."""
+    admin_key_previous: Secret = ""
+    """An admin key that is still accepted: for changing the key."""
     admin_plaintext: bool = False
-    """Whether admin calls are taken without TLS from other machines: for a network that nobody else listens on."""
-    graphs: str = ""
-    """Path of the operator's langgraph.json."""
-    model_base_urls: str = ""
-    """Endpoints that agents on the built-in graph `chat` may name as base_url, comma-separated."""
+    """Accept admin calls from other machines without TLS: only for a network where nobody else listens."""
+    trusted_proxies: str = ""
+    """Addresses and networks whose X-Forwarded-For is believed, comma-separated. `*` is all: right only behind a proxy that
+    drops what a client wrote into it. Empty: none."""
+
+    # Server
     host: str = "127.0.0.1"
     """Address the pod listens on."""
     port: Port = 8000
     """Port the pod listens on."""
-    partitions: Annotated[int, msgspec.Meta(ge=0, le=16_384)] = 0
-    """Partitions of the keys; 0 is 1 on a single Redis or Sentinel and 256 on Redis Cluster. Never changes."""
-    key_prefix: str = "gw"
-    """First word of every Redis key."""
+    drain_notice_s: Annotated[float, msgspec.Meta(ge=0, le=300)] = 5
+    """How long a pod serves as usual after SIGTERM while /readyz already fails: longer than the balancer needs to notice."""
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 20
+    """How long running turns may take to end after the notice, or a worker's backlog after SIGTERM."""
+    worker_name: str = ""
+    """Name of a worker in the consumer group; empty: host and process id."""
+    log_format: Literal["auto", "json", "text"] = "auto"
+    """auto is text on a terminal and json elsewhere."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least important level that is logged."""
+
+    # Graphs
+    graphs: str = ""
+    """Path of the operator's langgraph.json."""
+    model_base_urls: str = ""
+    """Endpoints that agents on the built-in graph `chat` may name as base_url, comma-separated."""
+
+    # Sessions and turns
     session_timeout_s: Seconds = 86_400
-    """A session without activity for so long is marked as timed out."""
-    token_ttl_s: Seconds = 2_592_000
-    """How long a session token is good for."""
+    """A session without activity for this long is marked as timed out."""
     lease_s: Annotated[float, msgspec.Meta(ge=1, le=300)] = 15
     """How long a dead pod can block a session."""
     queue_wait_s: Annotated[float, msgspec.Meta(gt=0, le=300)] = 30
     """How long a message waits for the turn before it."""
-    drain_notice_s: Annotated[float, msgspec.Meta(ge=0, le=300)] = 5
-    """How long a pod goes on as usual after SIGTERM while /readyz fails already: balancers need some seconds to notice."""
-    drain_s: Annotated[float, msgspec.Meta(ge=0, le=600)] = 20
-    """How long running turns may take to end after the notice, or a worker's backlog after SIGTERM."""
+
+    # Limits
     max_backlog: Annotated[int, msgspec.Meta(ge=1)] = 200_000
-    """Records that may wait for Postgres before new turns get 503 backlog_full. A partition has an even share."""
+    """Records that may wait for Postgres before new turns get 503 backlog_full. Each partition has an even
+    share, rounded up."""
     max_backlog_bytes: Annotated[int, msgspec.Meta(ge=1)] = 1_073_741_824
     """Bytes of those records, likewise."""
     max_body_bytes: Annotated[int, msgspec.Meta(ge=1_024, le=16_777_216)] = 262_144
@@ -84,27 +113,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     max_message_chars: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 32_000
     """Longest message of a visitor."""
     address_rate_limit: str = "600/60"
-    """Turns per client address as messages/seconds, over all pods; or off."""
+    """Turns per client address over all pods, as messages/seconds; or off."""
     address_session_limit: str = ""
-    """New sessions per client address as sessions/seconds, over all pods; or off. Empty: 300/60, or off where turns are."""
+    """New sessions per client address over all pods, as sessions/seconds; or off. Empty: 300/60, or off where turns are."""
     max_streams_per_session: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 64
     """Streams of one session that may be open on one pod."""
     max_streams_per_address: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] = 1000
     """Streams of one client address that may be open on one pod."""
     limit_mode: Literal["enforce", "shadow", "off"] = "enforce"
-    """shadow counts what the limits would refuse, and refuses nothing; off looks at none of them."""
+    """shadow counts what the limits would refuse and refuses nothing; off checks no limit."""
     limit_failure: Literal["local", "refuse"] = "local"
-    """While Redis cannot be told of limits: each pod goes on with what it knows, or refuses after 5 s."""
-    trusted_proxies: str = ""
-    """Addresses and networks whose X-Forwarded-For is believed, comma-separated; * for all. Empty: nobody's."""
-    database_connections: Annotated[int, msgspec.Meta(ge=1, le=1_000)] = 8
-    """Connections to Postgres per process."""
-    worker_name: str = ""
-    """Name of a worker among its like; empty: host and process id."""
-    log_format: Literal["auto", "json", "text"] = "auto"
-    """text on a terminal, json elsewhere, unless set."""
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    """Least important level that is logged."""
+    """While Redis cannot count: local limits each pod by what it knows, refuse answers 503 after 5 seconds."""
 
     @property
     def partition_count(self) -> int:
@@ -122,7 +141,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     @property
     def trusted_networks(self) -> Sequence[Network] | None:
-        """The networks of the proxies that are believed; None for all addresses."""
+        """The networks of trusted proxies, or None for all addresses. Raises ValueError."""
         if self.trusted_proxies.strip() == "*":
             return None
         return [ip_network(item.strip(), strict=False) for item in self.trusted_proxies.split(",") if item.strip()]
@@ -135,8 +154,16 @@ def _rate(text: str) -> tuple[int, int] | None:
     return int(count), int(seconds)
 
 
+def variable_of(field: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + field.upper()
+
+
 def load_settings(environment: Mapping[str, str], required: Iterable[str] = ()) -> Settings:
-    """Settings from an environment. `required` names fields that must be set. Raises SettingsError."""
+    """The settings of an environment; an empty variable counts as not set. `required` names fields that must be set.
+
+    Raises SettingsError.
+    """
     fields = {field.name for field in msgspec.structs.fields(Settings)}
     values = {}
     for variable, value in environment.items():
@@ -145,17 +172,17 @@ def load_settings(environment: Mapping[str, str], required: Iterable[str] = ()) 
         name = variable.removeprefix(PREFIX).lower()
         if name not in fields:
             near = difflib.get_close_matches(name, fields, 1)
-            hint = f"; did you mean {PREFIX}{near[0].upper()}?" if near else ""
+            hint = f"; did you mean {variable_of(near[0])}?" if near else ""
             raise SettingsError(f"{variable} is not a setting{hint}")
         values[name] = value
     for name in required:
         if name not in values:
-            raise SettingsError(f"{PREFIX}{name.upper()} is not set")
+            raise SettingsError(f"{variable_of(name)} is not set")
     try:
         settings = msgspec.convert(values, Settings, strict=False)
     except msgspec.ValidationError as error:
         what, _, where = str(error).partition(" - at `$.")
-        raise SettingsError(f"{PREFIX}{where.rstrip('`').upper()}: {what[0].lower()}{what[1:]}") from error
+        raise SettingsError(f"{variable_of(where.rstrip('`'))}: {what[0].lower()}{what[1:]}") from error
     _check(settings)
     return settings
 

@@ -1,8 +1,8 @@
-"""The audit trail: every change by an operator, every look at what visitors said, every key that was refused.
+"""The audit trail: every write by an operator, every look at a visitor's messages, every refused admin key.
 
-Lines of the log named `audit.…` and `admin.…`, written whatever the log level is. They tell who (which admin key, or the
-command line), from where, in which request, and what, with how it ended; never a key, a whole session id, or the value of
-anything changed.
+Log events named `audit.…` and `admin.…`, written at every log level. Each names the operator (which admin key, or the user
+of the command line), the address, the request, the action and its outcome; never a key, a whole session id, or a value that
+was written.
 """
 
 import logging
@@ -14,12 +14,12 @@ from typing import Any
 import msgspec
 import structlog
 
-# Not by the level that is set: what is not written cannot be looked up.
+# Bypasses the configured level: an audit trail with gaps is none.
 log = structlog.wrap_logger(None, wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG))
 
 
 class Operator(msgspec.Struct, frozen=True):
-    """Who acts: `key` is `current` or `previous`, or empty for the command line; `user` is who runs that."""
+    """Who acts: over HTTP an address, a request and an admin key (`current` or `previous`); on the command line a `user`."""
 
     address: str = ""
     request_id: str = ""
@@ -27,8 +27,8 @@ class Operator(msgspec.Struct, frozen=True):
     user: str = ""
 
 
-def at_the_command_line() -> Operator:
-    """Whoever runs a command on a machine that has the settings."""
+def command_line_operator() -> Operator:
+    """The operator of a command: the user of the machine."""
     try:
         user = getuser()
     except (OSError, KeyError):
@@ -38,9 +38,9 @@ def at_the_command_line() -> Operator:
 
 @contextmanager
 def audited(what: str, operator: Operator | None, **facts: Any) -> Iterator[dict[str, Any]]:
-    """Leaves the line `audit.<what>` when the block ends, however it does. A visitor (None) leaves none.
+    """Logs `audit.<what>` when the block ends, also by an error; not for a visitor (None).
 
-    The block may add facts. `outcome` is `done`, or the code or type of the error.
+    The block may add facts. `outcome` is `done`, or the error's code or type.
     """
     if operator is None:
         yield facts
@@ -57,7 +57,7 @@ def audited(what: str, operator: Operator | None, **facts: Any) -> Iterator[dict
 
 
 def refused(reason: str, address: str, request_id: str, *, shut_out_s: int = 0) -> None:
-    """Leaves the line `admin.refused`: somebody was kept from using an admin key; for `shut_out_s` from now on."""
+    """Logs `admin.refused`: an admin key was refused, and its address for the next `shut_out_s` seconds."""
     log.warning(
         "admin.refused",
         reason=reason,
@@ -68,12 +68,12 @@ def refused(reason: str, address: str, request_id: str, *, shut_out_s: int = 0) 
 
 
 def changed(old: msgspec.Struct | None, new: msgspec.Struct) -> list[str]:
-    """The names of the fields in which two definitions differ; of a new one, those that are not the default."""
-    before = msgspec.structs.asdict(old) if old is not None else {}
+    """The names of the fields in which a definition differs from the old one, or from the defaults if it is new."""
     if old is None:
-        defaults = {field.name: field for field in msgspec.structs.fields(new)}
-        return [name for name, value in msgspec.structs.asdict(new).items() if value != _default(defaults[name])]
-    return [name for name, value in msgspec.structs.asdict(new).items() if value != before.get(name)]
+        before = {field.name: _default(field) for field in msgspec.structs.fields(new)}
+    else:
+        before = msgspec.structs.asdict(old)
+    return [name for name, value in msgspec.structs.asdict(new).items() if value != before[name]]
 
 
 def _default(field: msgspec.structs.FieldInfo) -> Any:

@@ -1,21 +1,24 @@
 """`/api/agents`: agent definitions, for operators."""
 
+from typing import Any, Union, get_args
+
 import msgspec
+from msgspec import UNSET, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
-from gateway.access.audit import Operator, audited, changed
+from gateway.access.audit import audited
 from gateway.access.gatekeeper import Gatekeeper
-from gateway.access.tokens import fingerprint
-from gateway.agents import Agents
+from gateway.agents import Agents, Document, document_of, merge_patch
 from gateway.api.answers import answer
-from gateway.api.reading import BodyBounds, check_text, read_body
+from gateway.api.reading import JSON, MERGE_PATCH, BodyBounds, check_text, read_body
 from gateway.graphs.graphs import Graphs
-from persistence.model.agents import Agent, AgentDefinition
+from gateway.problems import AgentNotFound
+from persistence.model.agents import Agent, AgentDefinition, RateLimit
 
 
 class AgentAnswer(AgentDefinition, frozen=True, forbid_unknown_fields=False, kw_only=True):
-    """An agent: its UUID, its name, its definition."""
+    """An agent: its UUID, its name, its definition; of its site keys the fingerprints."""
 
     id: str
     name: str
@@ -27,11 +30,39 @@ class AgentList(msgspec.Struct):
     agents: list[AgentAnswer]
 
 
+class AgentBody(AgentDefinition, frozen=True, kw_only=True):
+    """An agent's definition. `id` and `name` may be left in what `GET` showed: they are the agent's own."""
+
+    id: str | UnsetType = UNSET
+    name: str | UnsetType = UNSET
+
+
+def _patch_of(kind: type[msgspec.Struct], name: str, doc: str, replaced: dict[Any, Any], base: type[msgspec.Struct]) -> Any:
+    """A type like `kind` for describing its patches: every field may be missing, or null."""
+    fields: list[tuple[str, Any, Any]] = []
+    for field in msgspec.structs.fields(kind):
+        inner = next((replaced[part] for part in get_args(field.type) if part in replaced), field.type)
+        fields.append((field.name, Union[inner, None, UnsetType], UNSET))  # noqa: UP007
+    return msgspec.defstruct(
+        name, fields, bases=(base,), frozen=True, kw_only=True, forbid_unknown_fields=True, namespace={"__doc__": doc}
+    )
+
+
+RateLimitPatch = _patch_of(RateLimit, "RateLimitPatch", "What is new in a rate limit.", {}, msgspec.Struct)
+AgentPatch = _patch_of(
+    AgentDefinition,
+    "AgentPatch",
+    """What is new in an agent, as a JSON merge patch (RFC 7396): fields that are left out stay, objects merge, lists are
+    replaced. `null` sets a limit or `retention_days` to none and any other field to its default; inside an object it removes
+    the member.""",
+    {RateLimit: RateLimitPatch},
+    AgentBody,
+)
+
+
 def view(agent: Agent) -> AgentAnswer:
-    """An agent as it is shown: of its site keys the fingerprints alone."""
-    shown = msgspec.structs.asdict(agent.definition)
-    shown["site_keys"] = tuple(map(fingerprint, agent.definition.site_keys))
-    return AgentAnswer(id=agent.id, name=agent.name, **shown)
+    """An agent as it is shown."""
+    return msgspec.convert(document_of(agent), AgentAnswer)
 
 
 class AgentsApi:
@@ -42,7 +73,7 @@ class AgentsApi:
         self._graphs = graphs
         self._gatekeeper = gatekeeper
         self._bounds = bounds
-        self._decoder = msgspec.json.Decoder(AgentDefinition)
+        self._decoder = msgspec.json.Decoder(Document)
 
     async def list(self, request: Request) -> Response:
         """GET /api/agents"""
@@ -62,27 +93,38 @@ class AgentsApi:
     async def put(self, request: Request) -> Response:
         """PUT /api/agents/{agent_id}"""
         operator = self._gatekeeper.require_admin(request)
-        definition = await read_body(request, self._decoder, self._bounds)
-        for name in definition.__struct_fields__:
-            check_text(getattr(definition, name), name)
-        self._graphs.check(definition)
+        document = await self._read(request, JSON)
         reference = request.path_params["agent_id"]
-        agent, created = await put_audited(self._agents, reference, definition, operator)
-        return answer(view(agent), 201 if created else 200)
+        written = await self._agents.write(reference, lambda stored: document, operator, check=self._check)
+        return answer(view(written.agent), 200 if written.before else 201)
+
+    async def patch(self, request: Request) -> Response:
+        """PATCH /api/agents/{agent_id}"""
+        operator = self._gatekeeper.require_admin(request)
+        patch = await self._read(request, JSON, MERGE_PATCH)
+
+        def patched(stored: Document | None) -> Document:
+            if stored is None:
+                raise AgentNotFound
+            return merge_patch(stored, patch)
+
+        written = await self._agents.write(request.path_params["agent_id"], patched, operator, check=self._check)
+        return answer(view(written.agent))
 
     async def delete(self, request: Request) -> Response:
         """DELETE /api/agents/{agent_id}"""
         operator = self._gatekeeper.require_admin(request)
-        with audited("agent_deleted", operator) as facts:
-            facts["agent"] = (await self._agents.delete(request.path_params["agent_id"])).id
+        await self._agents.delete(request.path_params["agent_id"], operator)
         return Response(status_code=204)
 
+    async def _read(self, request: Request, *media_types: str) -> Document:
+        document = await read_body(request, self._decoder, self._bounds, media_types)
+        for name, value in document.items():
+            check_text(value, name)
+        return document
 
-async def put_audited(agents: Agents, reference: str, definition: AgentDefinition, operator: Operator) -> tuple[Agent, bool]:
-    """`Agents.put` by an operator: the audit line names the fields that are new, never what is in them."""
-    with audited("agent_put", operator) as facts:
-        old = await agents.find_stored(reference)
-        facts["fields"] = changed(old.definition if old else None, definition)
-        agent, created = await agents.put(reference, definition)
-        facts |= {"agent": agent.id, "created": created}
-    return agent, created
+    def _check(self, definition: AgentDefinition, stored: AgentDefinition | None) -> None:
+        """Refuses a graph or config that this server cannot run, unless it is the stored one: an agent whose graph is gone
+        can still be switched off."""
+        if stored is None or (definition.graph, definition.config) != (stored.graph, stored.config):
+            self._graphs.check(definition)

@@ -16,7 +16,8 @@ class Endpoint(msgspec.Struct, frozen=True):
     """One call: how it is reached, what goes in, what comes out.
 
     `answers` are types or media types by status, `answer_headers` the headers that belong to them; `errors` are the problem
-    statuses it may answer with beside those that every call may; `headers` are the request's that it looks at.
+    statuses it may answer with beside those that every call may; `headers` are the request's that it looks at; `media_types`
+    are those of its body.
     """
 
     method: str
@@ -26,6 +27,7 @@ class Endpoint(msgspec.Struct, frozen=True):
     answers: dict[int, Any]
     errors: tuple[int, ...] = ()
     body: Any = None
+    media_types: tuple[str, ...] = ("application/json",)
     query: Any = None
     headers: tuple[str, ...] = ()
     answer_headers: dict[int, tuple[str, ...]] = {}

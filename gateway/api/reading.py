@@ -4,24 +4,25 @@ import asyncio
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 
-from gateway.problems import BodyTooLarge, BodyTooSlow, InvalidField, InvalidJson, UnsupportedMediaType
+from gateway.problems import BodyTooLarge, BodyTooSlow, InvalidField, InvalidJson, UnsupportedMediaType, invalid_field
 from gateway.streams.events import Cursor
 
 Body = TypeVar("Body")
 
 _encoder = msgspec.json.Encoder()
 
+JSON, MERGE_PATCH = "application/json", "application/merge-patch+json"
+
 MAX_DEPTH = 64
 
 MAX_METADATA_DEPTH = 16
-
-_FIELD = re.compile(r"^(?P<what>.*?)(?: - at `(?:key in )?\$(?P<where>.*?)`)?$", re.DOTALL)
 
 _CHARSET = re.compile(r"charset\s*=\s*\"?([^\s\";]*)", re.IGNORECASE)
 
@@ -45,9 +46,11 @@ def read_cursor(request: Request) -> Cursor | None:
         raise InvalidField(f"Last-Event-ID: {error}", field="Last-Event-ID") from error
 
 
-async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]", bounds: BodyBounds) -> Body:
+async def read_body(
+    request: Request, decoder: "msgspec.json.Decoder[Body]", bounds: BodyBounds, media_types: Sequence[str] = (JSON,)
+) -> Body:
     """The JSON body as the decoder's type. Raises the Problem that tells what is wrong with it."""
-    _check_media_type(request)
+    _check_media_type(request, media_types)
     raw = await _read_bytes(request, bounds)
     try:
         body = decoder.decode(raw)
@@ -60,11 +63,11 @@ async def read_body(request: Request, decoder: "msgspec.json.Decoder[Body]", bou
     return body
 
 
-def _check_media_type(request: Request) -> None:
+def _check_media_type(request: Request, media_types: Sequence[str]) -> None:
     given = request.headers.get("content-type", "")
     media_type, _, parameters = given.partition(";")
     media_type = media_type.strip().lower()
-    if media_type != "application/json":
+    if media_type not in media_types:
         raise UnsupportedMediaType(f"Content-Type is {media_type or 'missing'}")
     charset = _CHARSET.search(parameters) if parameters else None
     if charset is not None and charset[1].lower() not in ("utf-8", "utf8"):
@@ -156,18 +159,6 @@ def _unquote(raw: bytes, field: str) -> str:
         return unquote_to_bytes(raw.replace(b"+", b" ")).decode()
     except UnicodeDecodeError as error:
         raise InvalidField(f"{field}: not UTF-8", field=field) from error
-
-
-def invalid_field(error: msgspec.ValidationError) -> InvalidField:
-    """The problem that names the field of a validation error."""
-    match = _FIELD.match(str(error))
-    what, where = (match["what"], match["where"] or "") if match else (str(error), "")
-    # The value itself is not repeated: it may be a secret that was put into the wrong field.
-    what = "Invalid enum value" if what.startswith("Invalid enum value") else what
-    where = re.sub(r"\[(\d+)\]", r".\1", where.replace("[...]", ""))
-    named = re.search(r"field `([^`]+)`", what)
-    field = ".".join(part for part in (where.lstrip("."), named[1] if named else "") if part) or "body"
-    return InvalidField(f"{field}: {what[0].lower()}{what[1:]}", field=field)
 
 
 def check_metadata(metadata: dict[str, Any], bounds: BodyBounds) -> None:

@@ -6,7 +6,7 @@ from starlette.requests import Request
 from starlette.routing import Match, Route
 from starlette.types import Receive, Scope, Send
 
-from gateway.api.agents import AgentAnswer, AgentList, AgentsApi
+from gateway.api.agents import AgentAnswer, AgentBody, AgentList, AgentPatch, AgentsApi
 from gateway.api.chat import (
     Availability,
     AvailabilityQuery,
@@ -20,6 +20,7 @@ from gateway.api.chat import (
 from gateway.api.docs.routes import ReferenceApi
 from gateway.api.endpoint import EVENT_STREAM, SCRIPT, Endpoint, Handler
 from gateway.api.ops import Alive, OpsApi, Readiness
+from gateway.api.reading import JSON, MERGE_PATCH
 from gateway.api.sessions import (
     ListAnswer,
     ListQuery,
@@ -33,7 +34,6 @@ from gateway.api.sessions import (
     StatisticsQuery,
 )
 from gateway.api.widget import WidgetApi
-from persistence.model.agents import AgentDefinition
 
 
 def endpoints(
@@ -190,7 +190,18 @@ def endpoints(
             "Create an agent, or replace its definition",
             {201: AgentAnswer, 200: AgentAnswer},
             (*body, *admin, 404, 409),
-            body=AgentDefinition,
+            body=AgentBody,
+            guard="admin",
+        ),
+        Endpoint(
+            "PATCH",
+            "/api/agents/{agent_id}",
+            agents.patch,
+            "Change the fields of an agent that are named",
+            {200: AgentAnswer},
+            (*body, *admin, 404),
+            body=AgentPatch,
+            media_types=(JSON, MERGE_PATCH),
             guard="admin",
         ),
         Endpoint(

@@ -19,6 +19,8 @@ from gateway.graphs.graphs import CheckConfig, Graphs
 
 log = structlog.get_logger()
 
+BUILT_IN = ("chat", "echo")
+
 
 class GraphError(Exception):
     """A graph of langgraph.json cannot be loaded; the message names it and says why."""
@@ -45,6 +47,11 @@ async def load_graphs(file: Path | None, base_urls: Sequence[str] = ()) -> Graph
                 reference = reference.get("path", "")  # noqa: PLW2901
             graphs[name] = await _load_graph(name, str(reference), file.parent)
     return Graphs(graphs, {name: check for name, check in checks.items() if name not in entries})
+
+
+def graph_names(file: Path) -> set[str]:
+    """The graphs that agents may name beside this langgraph.json; no graph is imported. Raises GraphError."""
+    return {*BUILT_IN, *_read_project(file)[0]}
 
 
 def _read_project(file: Path) -> tuple[dict[str, Any], list[str]]:

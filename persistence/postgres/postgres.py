@@ -4,7 +4,7 @@ Works behind PgBouncer in transaction mode: no prepared statement, lock or setti
 statement runs inside one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 from uuid import UUID
@@ -182,6 +182,22 @@ class Postgres:
         async with self.transaction() as transaction:
             definition = msgspec.json.encode(agent.definition).decode()
             await transaction.fetch("put_agent", UUID(agent.id), agent.name, definition)
+
+    async def change_agent(self, reference: str, change: Callable[[Agent | None], Agent]) -> tuple[Agent | None, Agent]:
+        """Stores what `change` makes of an agent (None: there is none), with its row locked: no concurrent change is lost.
+
+        Returns the agent before and after. Raises DataRefused when the name is another agent's.
+        """
+        agent_id = as_uuid(reference)
+        async with self.transaction() as transaction:
+            rows = await transaction.fetch("lock_agent", UUID(agent_id) if agent_id else None, reference)
+            before = agent_of(rows[0]) if rows else None
+            agent = change(before)
+            # Compared as JSON: to Python, 1 is True.
+            definition = msgspec.json.encode(agent.definition)
+            if before is None or definition != msgspec.json.encode(before.definition):
+                await transaction.fetch("put_agent", UUID(agent.id), agent.name, definition.decode())
+            return before, agent
 
     async def find_agent(self, reference: str) -> Agent | None:
         """An agent by UUID or name."""

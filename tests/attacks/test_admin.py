@@ -182,6 +182,7 @@ async def test_listening_to_an_admin_key_that_is_sent_in_plain(client: httpx.Asy
     for method, path in (
         *(("GET", path) for path in LOOKS),
         ("PUT", "/api/agents/shop"),
+        ("PATCH", "/api/agents/shop"),
         ("DELETE", "/api/agents/shop"),
         ("GET", f"/api/sessions/{session_id}"),
         ("DELETE", f"/api/sessions/{session_id}"),
@@ -291,17 +292,21 @@ async def test_changing_an_agent_without_a_trace(client: httpx.AsyncClient) -> N
         made = await client.put("/api/agents/new", json={"graph": "echo", "config": {"key": key}}, headers=ADMIN)
         changes = {"graph": "echo", "config": {"key": key}, "allowed_domains": ["shop.example"], "active": False}
         await client.put("/api/agents/new", json=changes, headers=ADMIN)
+        await client.patch("/api/agents/new", json={"config": {"key": None}, "history_window": 4}, headers=ADMIN)
         await client.put("/api/agents/new", json={"graph": "nothing"}, headers=ADMIN)
         await client.delete("/api/agents/new", headers=ADMIN)
     lines = audited(logs)
     assert [(line["event"], line["outcome"], line["agent"]) for line in lines] == [
         ("audit.agent_put", "done", made.json()["id"]),
         ("audit.agent_put", "done", made.json()["id"]),
+        ("audit.agent_put", "done", made.json()["id"]),
+        ("audit.agent_put", "invalid_field", made.json()["id"]),
         ("audit.agent_deleted", "done", made.json()["id"]),
     ]
-    assert [(line["created"], line["fields"]) for line in lines[:2]] == [
+    assert [(line["created"], line["fields"]) for line in lines[:3]] == [
         (True, ["graph", "config"]),
         (False, ["allowed_domains", "active"]),
+        (False, ["config", "history_window"]),
     ]
     assert key not in str(logs)
     assert "shop.example" not in str(lines), "names, no values"

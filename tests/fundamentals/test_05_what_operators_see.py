@@ -61,6 +61,8 @@ async def test_an_agent_is_made_changed_and_deleted_over_http(client: httpx.Asyn
     changed = await client.put("/api/agents/shop", json={"graph": "echo", "history_window": 4}, headers=ADMIN)
     assert changed.status_code == 200
     assert changed.json() == made.json() | {"history_window": 4}
+    changed = await client.patch("/api/agents/shop", json={"retention_days": 30}, headers=ADMIN)
+    assert changed.json() == made.json() | {"history_window": 4, "retention_days": 30}
 
     for reference in ("shop", made.json()["id"]):
         assert (await client.get(f"/api/agents/{reference}", headers=ADMIN)).json() == changed.json()
@@ -93,6 +95,7 @@ async def test_without_the_admin_key_nothing_of_this_is_shown(client: httpx.Asyn
         ("GET", "/api/agents"),
         ("GET", "/api/agents/shop"),
         ("PUT", "/api/agents/shop"),
+        ("PATCH", "/api/agents/shop"),
         ("DELETE", "/api/agents/shop"),
     ):
         for headers in ({}, {"Authorization": "Bearer another key, just as long"}, {"Authorization": "Basic YTpi"}):

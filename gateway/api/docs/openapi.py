@@ -192,7 +192,7 @@ def _operation(endpoint: Endpoint, by_kind: dict[Any, Any], components: dict[str
     if parameters:
         operation["parameters"] = parameters
     if endpoint.body is not None:
-        content = {"application/json": {"schema": by_kind[endpoint.body]}}
+        content = {media_type: {"schema": by_kind[endpoint.body]} for media_type in endpoint.media_types}
         operation["requestBody"] = {"required": True, "content": content}
     if endpoint.guard == "admin":
         operation["security"] = [{"admin": []}]

@@ -148,7 +148,8 @@ class _Page:
             yield "<h4>Path, query and headers</h4>"
             yield from self._fields(parameters, [parameter["in"] for parameter in operation["parameters"]])
         if "requestBody" in operation:
-            ((media_type, content),) = operation["requestBody"]["content"].items()
+            content = next(iter(operation["requestBody"]["content"].values()))
+            media_type = " or ".join(operation["requestBody"]["content"])
             schema = self._resolved(content["schema"])
             yield f'<h4>Body <span class="soft">{media_type}</span></h4>'
             yield f"<div>{_prose(schema.get('description', ''))}</div>"

@@ -13,7 +13,7 @@ from tests.conftest import PutAgent
 from tests.support.serving import ADMIN
 from tests.support.visiting import new_session_id
 
-METHODS = {"get", "put", "post", "delete"}
+METHODS = {"get", "put", "patch", "post", "delete"}
 ITSELF = "/openapi.json"
 
 
@@ -195,6 +195,9 @@ async def test_every_call_answers_as_it_is_described(
         ("PUT", "/api/agents/{agent_id}", {"agent_id": "new"}, {"graph": "echo"}),
         ("PUT", "/api/agents/{agent_id}", {"agent_id": "new"}, {"graph": "echo", "rate_limit": None}),
         ("PUT", "/api/agents/{agent_id}", {"agent_id": "new"}, {"graph": "nothing"}),
+        ("PATCH", "/api/agents/{agent_id}", {"agent_id": "new"}, {"history_window": 4}),
+        ("PATCH", "/api/agents/{agent_id}", {"agent_id": "new"}, {"graph": None}),
+        ("PATCH", "/api/agents/{agent_id}", {"agent_id": "nobody"}, {"history_window": 4}),
         ("GET", "/api/agents/{agent_id}", {"agent_id": "new"}, None),
         ("GET", "/api/agents/{agent_id}", {"agent_id": "a%00b"}, None),
         ("DELETE", "/api/agents/{agent_id}", {"agent_id": "new"}, None),
