@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import importlib
 import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
@@ -15,8 +16,6 @@ from gateway.commands import agents
 from gateway.commands.dead_letters import dead_letters
 from gateway.commands.environment import STORES, CommandError, command_settings, open_stores
 from gateway.commands.settings import print_settings
-from gateway.dev.run import DevOptions, run_dev
-from gateway.dev.servers.ports import ServerError
 from gateway.graphs.loading import GraphError
 from gateway.logs import configure_logs, contain_errors
 from gateway.problems import Problem
@@ -26,7 +25,7 @@ from persistence.errors import PersistenceError
 from persistence.postgres.migrate import load_migrations, migrate
 from persistence.postgres.postgres import Postgres
 
-ERRORS = (CommandError, SettingsError, PersistenceError, GraphError, ServerError, CannotListen, Problem)
+ERRORS = (CommandError, SettingsError, PersistenceError, GraphError, CannotListen, Problem)
 """The errors whose text is a sentence for the user."""
 
 
@@ -147,5 +146,9 @@ async def _migrate(options: argparse.Namespace) -> None:
 async def _dev(options: argparse.Namespace) -> None:
     settings = load_settings(os.environ)
     configure_logs(settings.log_format, "warning" if settings.log_level == "info" else settings.log_level)
-    dev = DevOptions(port=options.port, data=options.data, worker=not options.no_worker)
-    await run_dev(dev, os.environ)
+    # Imported here alone: what runs in production shall not contain the servers of development.
+    dev = importlib.import_module("gateway.dev.run")
+    try:
+        await dev.run_dev(dev.DevOptions(options.port, options.data, worker=not options.no_worker), os.environ)
+    except dev.ServerError as error:
+        raise CommandError(str(error)) from error

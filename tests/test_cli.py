@@ -453,3 +453,9 @@ async def test_a_port_in_use_stops_a_pod_with_a_sentence(pod_process: GatewayPro
     assert done.status == 1
     assert done.error.splitlines()[-1] == f"gateway: cannot listen on 127.0.0.1:{pod_process.port}"
     assert "Traceback" not in done.error
+
+
+def test_what_runs_in_production_does_not_load_the_servers_of_development() -> None:
+    program = "import sys, gateway.cli; print([name for name in sys.modules if name.startswith('gateway.dev')])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
