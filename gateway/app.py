@@ -26,6 +26,7 @@ from gateway.api.chat import ChatApi
 from gateway.api.docs.openapi import openapi_document
 from gateway.api.docs.page import SCRIPT, STYLE, reference_page
 from gateway.api.docs.routes import ReferenceApi
+from gateway.api.entrance import Entrance
 from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cors import Cors
 from gateway.api.middleware.headers import SafeHeaders
@@ -153,10 +154,11 @@ class Pod:
         admin_keys = AdminKeys(settings.admin_key, settings.admin_key_previous)
         gatekeeper = Gatekeeper(tokens, AdminDoor(admin_keys, plaintext=settings.admin_plaintext))
         bounds = BodyBounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_metadata_bytes)
+        entrance = Entrance(stores.agents, self.history, gatekeeper, self.limiter)
         reference = ReferenceApi()
         table = endpoints(
             ChatApi(
-                stores.agents,
+                entrance,
                 self.runtime,
                 self.streams,
                 self.history,
@@ -168,6 +170,7 @@ class Pod:
                 max_message_chars=settings.max_message_chars,
             ),
             SessionsApi(
+                entrance,
                 stores.agents,
                 stores.sessions,
                 stores.hydrator,

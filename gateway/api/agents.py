@@ -1,6 +1,10 @@
 """`/api/agents`: agent definitions, for operators."""
 
+from collections.abc import Sequence
+from typing import Annotated
+
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -9,6 +13,7 @@ from gateway.access.gatekeeper import Gatekeeper
 from gateway.access.tokens import fingerprint
 from gateway.agents import Agents
 from gateway.api.answers import answer
+from gateway.api.endpoint import ADMIN_ERRORS, BODY_ERRORS, Endpoint
 from gateway.api.reading import BodyBounds, check_text, read_body
 from gateway.graphs.graphs import Graphs
 from persistence.model.agents import Agent, AgentDefinition
@@ -17,14 +22,14 @@ from persistence.model.agents import Agent, AgentDefinition
 class AgentAnswer(AgentDefinition, frozen=True, forbid_unknown_fields=False, kw_only=True):
     """An agent: its UUID, its name, its definition."""
 
-    id: str
-    name: str
+    id: Annotated[str, Meta(description="The agent's UUID, which stays when the agent is renamed")]
+    name: Annotated[str, Meta(description="The agent's unique name")]
 
 
 class AgentList(msgspec.Struct):
     """Every agent, by name."""
 
-    agents: list[AgentAnswer]
+    agents: Annotated[list[AgentAnswer], Meta(description="The agents, by name")]
 
 
 def view(agent: Agent) -> AgentAnswer:
@@ -76,6 +81,45 @@ class AgentsApi:
         with audited("agent_deleted", operator) as facts:
             facts["agent"] = (await self._agents.delete(request.path_params["agent_id"])).id
         return Response(status_code=204)
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """The calls about agents."""
+        return [
+            Endpoint("GET", "/api/agents", self.list, "List agents", {200: AgentList}, ADMIN_ERRORS, guard="admin"),
+            Endpoint(
+                "GET",
+                "/api/agents/{agent_id}",
+                self.show,
+                "Show an agent",
+                {200: AgentAnswer},
+                (*ADMIN_ERRORS, 404),
+                guard="admin",
+            ),
+            Endpoint(
+                "PUT",
+                "/api/agents/{agent_id}",
+                self.put,
+                "Create an agent, or replace its definition",
+                {201: AgentAnswer, 200: AgentAnswer},
+                (*BODY_ERRORS, *ADMIN_ERRORS, 404, 409),
+                description=(
+                    "Fields that are left out get their defaults. A name that is not taken creates an agent (201); a UUID "
+                    "never does. All pods know of it within 5 seconds."
+                ),
+                body=AgentDefinition,
+                guard="admin",
+            ),
+            Endpoint(
+                "DELETE",
+                "/api/agents/{agent_id}",
+                self.delete,
+                "Delete an agent",
+                {204: None},
+                (*ADMIN_ERRORS, 404),
+                description="Its sessions stay until they are erased.",
+                guard="admin",
+            ),
+        ]
 
 
 async def put_audited(agents: Agents, reference: str, definition: AgentDefinition, operator: Operator) -> tuple[Agent, bool]:

@@ -7,12 +7,14 @@ are replaced, sends the browser to its own; modules name each other relative to 
 
 import gzip
 import re
+from collections.abc import Sequence
 from hashlib import sha256
 from importlib.resources import files
 
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.api.endpoint import SCRIPT, Endpoint
 from gateway.problems import NotFound
 
 ENTRY = "widget.js"
@@ -76,6 +78,31 @@ class WidgetApi:
         # Relative, so that it holds behind a proxy that serves the gateway under a path.
         headers = {**HEADERS, "Location": f"../{self._version}/{name}", "Cache-Control": "no-store"}
         return Response(status_code=307, headers=headers)
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """The files that websites load."""
+        kept = ("ETag", "Cache-Control")
+        return [
+            Endpoint(
+                "GET",
+                "/widget.js",
+                self.entry,
+                "The chat widget",
+                {200: SCRIPT, 304: None},
+                headers=("If-None-Match",),
+                answer_headers={200: kept, 304: kept},
+            ),
+            Endpoint(
+                "GET",
+                "/widget/{version}/{file}",
+                self.part,
+                "A module of the chat widget, which never changes",
+                {200: SCRIPT, 304: None, 307: None},
+                (404,),
+                headers=("If-None-Match",),
+                answer_headers={200: kept, 304: kept, 307: ("Location",)},
+            ),
+        ]
 
 
 def without_comments(source: bytes) -> bytes:

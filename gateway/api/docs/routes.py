@@ -1,10 +1,13 @@
 """The description of all calls: for programs, and as a page to be read."""
 
 from base64 import b64encode
+from collections.abc import Sequence
 from hashlib import sha256
 
 from starlette.requests import Request
 from starlette.responses import Response
+
+from gateway.api.endpoint import Endpoint
 
 HEADERS = {"Cache-Control": "public, max-age=300", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
@@ -39,6 +42,27 @@ class ReferenceApi:
         """GET /docs"""
         headers = {**HEADERS, "Content-Security-Policy": self._policy}
         return Response(self._page, headers=headers, media_type="text/html")
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """The two calls that describe all."""
+        return [
+            Endpoint(
+                "GET",
+                "/openapi.json",
+                self.document,
+                "This reference, for programs",
+                {200: "application/json"},
+                description="OpenAPI 3.1, made from the types that the gateway itself reads and writes with.",
+            ),
+            Endpoint(
+                "GET",
+                "/docs",
+                self.page,
+                "This reference, for people",
+                {200: "text/html"},
+                description="A page that loads nothing from elsewhere.",
+            ),
+        ]
 
 
 def _digest(text: str) -> str:
