@@ -12,7 +12,7 @@ from gateway.access.audit import audited
 from gateway.access.caller import Caller, UserToken, address_of, kept_address, known_operator
 from gateway.access.gatekeeper import Gatekeeper
 from gateway.api.answers import answer
-from gateway.api.endpoint import BODY_ERRORS, EVENT_STREAM, SESSION_ERRORS, Endpoint
+from gateway.api.endpoint import BODY_ERRORS, EVENT_STREAM, LIMIT_HEADERS, SESSION_ERRORS, Endpoint
 from gateway.api.entrance import Entrance
 from gateway.api.reading import BodyBounds, check_metadata, check_text, read_body, read_cursor, read_query
 from gateway.api.sse import event_stream
@@ -269,6 +269,7 @@ class ChatApi:
                 ),
                 body=MessageBody,
                 headers=("Idempotency-Key",),
+                answer_headers={200: LIMIT_HEADERS},
                 guard="session",
             ),
             Endpoint(
@@ -285,6 +286,7 @@ class ChatApi:
                 ),
                 body=MessageBody,
                 headers=("Idempotency-Key",),
+                answer_headers={200: LIMIT_HEADERS},
                 guard="session",
             ),
             Endpoint(

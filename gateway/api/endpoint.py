@@ -17,6 +17,8 @@ SESSION_ERRORS = (401, 403, 404, 429, 500, 503)
 """Of a call about one session."""
 ADMIN_ERRORS = (401, 403, 429, 503)
 """Of an operator's call."""
+LIMIT_HEADERS = ("RateLimit", "RateLimit-Policy")
+"""Answer headers of a call that is charged to limits."""
 
 
 class Endpoint(msgspec.Struct, frozen=True):

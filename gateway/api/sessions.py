@@ -14,7 +14,7 @@ from gateway.access.gatekeeper import MINTED, Gatekeeper
 from gateway.access.tokens import SessionToken, SessionTokens
 from gateway.agents import Agents
 from gateway.api.answers import answer
-from gateway.api.endpoint import ADMIN_ERRORS, BODY_ERRORS, EVENT_STREAM, SESSION_ERRORS, Endpoint
+from gateway.api.endpoint import ADMIN_ERRORS, BODY_ERRORS, EVENT_STREAM, LIMIT_HEADERS, SESSION_ERRORS, Endpoint
 from gateway.api.entrance import Entrance
 from gateway.api.reading import BodyBounds, check_metadata, read_body, read_cursor, read_query
 from gateway.api.session_types import (
@@ -250,6 +250,7 @@ class SessionsApi:
                     "with its token, which nobody can guess."
                 ),
                 body=OpenBody,
+                answer_headers={201: LIMIT_HEADERS, 200: LIMIT_HEADERS},
                 guard="session",
             ),
             Endpoint(
