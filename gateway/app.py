@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,7 +23,6 @@ from gateway.api.agents import AgentsApi
 from gateway.api.answers import on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.chat import ChatApi
 from gateway.api.docs.openapi import openapi_document
-from gateway.api.docs.page import SCRIPT, STYLE, reference_page
 from gateway.api.docs.routes import ReferenceApi
 from gateway.api.entrance import Entrance
 from gateway.api.middleware.client_address import ClientAddress
@@ -194,8 +192,7 @@ class Pod:
             WidgetApi(),
             reference,
         )
-        document = openapi_document(table, __version__)
-        reference.publish(msgspec.json.encode(document), reference_page(document), STYLE, SCRIPT)
+        reference.publish(openapi_document(table, __version__))
         return Starlette(
             routes=[*routes(table), *extra_routes],
             middleware=[

@@ -11,7 +11,7 @@ BASE = "http://127.0.0.1:8000"
 """Where `scripts/run` listens. The page puts its own address here."""
 KEYS = {"admin": "$ADMIN_KEY", "session": "$SESSION_TOKEN"}
 """The variable that a curl line has for the key or token of each kind."""
-CURL_COLUMNS = 72
+COLUMNS = 62
 
 
 class Example(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,10 +63,19 @@ def _parts(example: Example) -> Iterator[str]:
         yield f"-H {shlex.quote(f'{name}: {value}')}"
     if example.body is not None:
         yield "-H 'Content-Type: application/json'"
-        body = json.dumps(example.body, ensure_ascii=False)
-        if len(body) > CURL_COLUMNS:
-            body = json.dumps(example.body, ensure_ascii=False, indent=2)
-        yield f"-d {shlex.quote(body)}"
+        yield f"-d {shlex.quote(pretty(example.body))}"
+
+
+def pretty(value: Any, indent: str = "") -> str:
+    """JSON for reading: what fits is on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if len(line) <= COLUMNS or not isinstance(value, (dict, list)):
+        return line
+    inner = f"{indent}  "
+    named = value.items() if isinstance(value, dict) else [("", item) for item in value]
+    parts = [f"{inner}{json.dumps(name) + ': ' if name else ''}{pretty(item, inner)}" for name, item in named]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return "\n".join([opening, ",\n".join(parts), indent + closing])
 
 
 def is_stream(answer: Any) -> bool:

@@ -36,7 +36,7 @@ AGENT = {
     "channels": ["text", "voice", "phone"],
     "history_window": 50,
     "hot_ttl_s": 1800,
-    "turn_timeout_s": 60.0,
+    "turn_timeout_s": 60,
     "if_busy": "queue",
     "rate_limit": {"messages": 30, "per_s": 60},
     "agent_rate_limit": None,
