@@ -33,14 +33,14 @@ class AgentList(msgspec.Struct):
 
 
 def view(agent: Agent) -> AgentAnswer:
-    """An agent as it is shown: of its site keys the fingerprints alone."""
+    """An agent as operators see it: fingerprints in place of site keys."""
     shown = msgspec.structs.asdict(agent.definition)
     shown["site_keys"] = tuple(map(fingerprint, agent.definition.site_keys))
     return AgentAnswer(id=agent.id, name=agent.name, **shown)
 
 
 class AgentsApi:
-    """The routes about agents."""
+    """The calls about agents."""
 
     def __init__(self, agents: Agents, graphs: Graphs, gatekeeper: Gatekeeper, *, bounds: BodyBounds) -> None:
         self._agents = agents
@@ -123,7 +123,7 @@ class AgentsApi:
 
 
 async def put_audited(agents: Agents, reference: str, definition: AgentDefinition, operator: Operator) -> tuple[Agent, bool]:
-    """`Agents.put` by an operator: the audit line names the fields that are new, never what is in them."""
+    """`Agents.put` by an operator. The audit line names the changed fields, never their values."""
     with audited("agent_put", operator) as facts:
         old = await agents.find_stored(reference)
         facts["fields"] = changed(old.definition if old else None, definition)

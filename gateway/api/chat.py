@@ -122,7 +122,7 @@ class Availability(msgspec.Struct):
 
 
 class ChatApi:
-    """Answers messages. `max_message_chars` bounds a message."""
+    """The calls about messages. `max_message_chars` bounds a message."""
 
     def __init__(
         self,
@@ -167,7 +167,7 @@ class ChatApi:
                 if isinstance(begun, TurnLog):
                     events = render(begun, None)
                 else:
-                    # The turn is another call's: any number of these may come.
+                    # An attached reader costs no turn, so the limit of streams alone stops a flood of them.
                     stream.check(turn.session_id)
                     events = await self._streams.open_turn(turn.session_id, begun.turn_id, turn.access, None)
             stream.join(turn.session_id)
@@ -203,20 +203,20 @@ class ChatApi:
         return answer(CancelAnswer(hot.running), 202)
 
     async def available(self, request: Request) -> Response:
-        """GET /api/chat/{agent_id}: what a widget asks before it shows itself."""
+        """GET /api/chat/{agent_id}"""
         agent = await self._entrance.load_agent(request.path_params["agent_id"], request)
         read_query(request, AvailabilityQuery)
         if not agent.definition.active:
             raise AgentInactive
         self._gatekeeper.require_website(Caller(request), agent)
-        # Each page view asks: a browser need not do so more than once in five minutes.
+        # Asked with each page view: browsers keep the answer for five minutes.
         headers = {"Cache-Control": "private, max-age=300", "Vary": "Origin"}
         return answer(Availability(agent.id, list(agent.definition.channels)), headers=headers)
 
     async def _read(
         self, request: Request, check_session: Callable[[str], None] | None = None
     ) -> tuple[Agent, TurnRequest, Admission]:
-        """The agent and the message of a request that may be answered, once it has been charged to its limits."""
+        """The agent, the message, and its admission: the message has been charged to its limits."""
         agent, caller = await self._entrance.enter(request)
         self._limiter.check_address(caller.ip_address)
         body = await read_body(request, self._decoder, self._bounds)
@@ -242,7 +242,7 @@ class ChatApi:
         if check_session is not None:
             check_session(body.session_id)
         await self._limiter.meet(agent)
-        # Nothing behind this can fail before the turn has taken the admission over.
+        # Last, so that nothing can fail between the charge and the turn, which refunds it.
         return agent, turn, self._limiter.admit_turn(agent, caller.ip_address, caller.website_domain)
 
     def _check(self, body: MessageBody) -> None:
@@ -333,7 +333,7 @@ class ChatApi:
 
 
 def _idempotency_key(request: Request) -> str:
-    """The Idempotency-Key header, bare or quoted, which stands for a message_id in the body."""
+    """The Idempotency-Key header, bare or quoted; empty without one. Raises InvalidField."""
     key = request.headers.get("idempotency-key")
     if key is None:
         return ""

@@ -36,7 +36,7 @@ class Readiness(msgspec.Struct):
 
 
 class OpsApi:
-    """The routes for operators and their tools."""
+    """The calls for balancers and monitors."""
 
     def __init__(
         self,

@@ -53,7 +53,7 @@ OPEN_ATTEMPTS = 5
 
 
 class SessionsApi:
-    """The routes about sessions."""
+    """The calls about sessions."""
 
     def __init__(
         self,

@@ -101,9 +101,10 @@ def _is_struct(kind: Any) -> bool:
 
 def _events(by_kind: dict[Any, Any]) -> dict[str, Any]:
     """The schema of an event of a stream: one of the kinds."""
+    ends = " or ".join(f"`{event.kind}`" for event in KINDS.values() if event.terminal)
     return {
         "title": "Event",
-        "description": "An event of a stream. Exactly one of a terminal kind ends the stream of a turn.",
+        "description": f"An event of a stream. The stream of a turn ends with exactly one event of the kinds {ends}.",
         "oneOf": [_event(event, by_kind[event.data_type()]) for event in KINDS.values()],
     }
 

@@ -87,8 +87,9 @@ class _Page:
     def _about_events(self) -> Iterator[str]:
         event = self._components["schemas"]["Event"]
         yield f'<section><h2 id="events">Events of streams</h2><p>{prose(event["description"])} '
-        yield "An event has these fields on the wire; its data depends on its kind.</p>"
-        yield from self._fields.list(self._fields.members(event["oneOf"][0]), of_answer=True)
+        yield "Each has an <code>id</code>, its kind as <code>event</code>, and <code>data</code> by its kind; comments in "
+        yield "between keep the connection open. Sent back as <code>Last-Event-ID</code>, the id of the last event that was "
+        yield "received makes the stream go on behind it, on any pod.</p>"
         for kind in event["oneOf"]:
             (example,) = kind["examples"]
             data = kind["properties"]["data"]["contentSchema"]
@@ -228,7 +229,7 @@ def _method(method: str) -> str:
 
 def _path(path: str) -> str:
     """A path that can break between its parts, its parameters marked."""
-    return re.sub(r"({\w+})", r"<i>\1</i>", escape(path)).replace("/", "/<wbr>")
+    return re.sub(r"({\w+})", r"<i>\1</i>", escape(path).replace("/", "/<wbr>"))
 
 
 def _words(method: str, path: str, operation: dict[str, Any]) -> str:
