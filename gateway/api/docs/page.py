@@ -180,20 +180,18 @@ class _Page:
         schema = content.get("schema", {})
         is_stream = schema.get("$ref", "").endswith("/Event")
         members = [] if is_stream else self._fields.members(schema)
-        more = ' See <a href="#events">Events of streams</a>.' if is_stream else ""
-        said = f"<code>{status}</code> {prose(response['description'])}{more} <span class=soft>{escape(media_type)}</span>"
+        said = f"<code>{status}</code> {prose(response['description'])} <span class=soft>{escape(media_type)}</span>"
         headers: list[Field] = [(name, {**one["schema"], **_described(one)}, True) for name, one in _headers(response)]
-        if not members and not headers:
+        if members or headers:
+            yield f'<details class="answer"><summary>{said}</summary>'
+            for title, fields in (("Headers", headers), ("Fields", members)):
+                yield f"<h5>{title}</h5>" if fields else ""
+                yield from self._fields.list(fields, of_answer=True)
+            yield "</details>"
+        else:
             yield f'<div class="answer">{said}</div>'
-            return
-        yield f'<details class="answer"><summary>{said}</summary>'
-        if headers:
-            yield "<h5>Headers</h5>"
-            yield from self._fields.list(headers, of_answer=True)
-        if members:
-            yield "<h5>Fields</h5>"
-            yield from self._fields.list(members, of_answer=True)
-        yield "</details>"
+        if is_stream:
+            yield '<p>The events are described under <a href="#events">Events of streams</a>.</p>'
 
     def _examples(self, operation: dict[str, Any]) -> Iterator[str]:
         for index, sample in enumerate(operation["x-codeSamples"]):
@@ -210,7 +208,7 @@ class _Page:
 def _code(label: str, html: str, *, copied: bool = False) -> Iterator[str]:
     mark = " data-copy" if copied else ""
     yield f'<div class="code"{mark}><div class="label">{label}</div>'
-    yield f'<pre tabindex="0" role="region" aria-label="{label}">{html}</pre></div>'
+    yield f'<pre tabindex="0" role="group" aria-label="{label}">{html}</pre></div>'
 
 
 def _json(value: Any) -> str:
