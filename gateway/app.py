@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
-import msgspec
 import structlog
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -24,8 +23,8 @@ from gateway.api.agents import AgentsApi
 from gateway.api.answers import on_http_exception, on_persistence_error, on_problem, on_unexpected
 from gateway.api.chat import ChatApi
 from gateway.api.docs.openapi import openapi_document
-from gateway.api.docs.page import SCRIPT, STYLE, reference_page
 from gateway.api.docs.routes import ReferenceApi
+from gateway.api.entrance import Entrance
 from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cors import Cors
 from gateway.api.middleware.headers import SafeHeaders
@@ -157,10 +156,11 @@ class Pod:
         admin_keys = AdminKeys(settings.admin_key, settings.admin_key_previous)
         gatekeeper = Gatekeeper(tokens, AdminDoor(admin_keys, plaintext=settings.admin_plaintext))
         bounds = BodyBounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_metadata_bytes)
+        entrance = Entrance(stores.agents, self.history, gatekeeper, self.limiter)
         reference = ReferenceApi()
         table = endpoints(
             ChatApi(
-                stores.agents,
+                entrance,
                 self.runtime,
                 self.streams,
                 self.history,
@@ -172,6 +172,7 @@ class Pod:
                 max_message_chars=settings.max_message_chars,
             ),
             SessionsApi(
+                entrance,
                 stores.agents,
                 stores.sessions,
                 stores.hydrator,
@@ -195,8 +196,7 @@ class Pod:
             WidgetApi(),
             reference,
         )
-        document = openapi_document(table, __version__)
-        reference.publish(msgspec.json.encode(document), reference_page(document), STYLE, SCRIPT)
+        reference.publish(openapi_document(table, __version__))
         return Starlette(
             routes=[*routes(table), *extra_routes],
             middleware=[

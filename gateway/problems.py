@@ -1,11 +1,14 @@
 """Every error a client can meet: code, status and title are stated here and nowhere else.
 
-Rendered as `application/problem+json` (RFC 9457) by one handler, in `api/rendering.py`."""
+Rendered as `application/problem+json` (RFC 9457) by `api/answers.py`.
+"""
 
 import re
 from collections.abc import Mapping
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from persistence.errors import Damaged, DataRefused, PersistenceError, PostgresUnavailable, RedisUnavailable
 
@@ -98,7 +101,7 @@ class TokenInvalid(Problem):
 class UserTokenInvalid(Problem):
     status, code, title = 401, "user_token_invalid", "The user token cannot be verified"
     expired_user: object = None
-    """Whose it was, when nothing is wrong with the token but that its time has run out."""
+    """The user whom a valid but expired token named."""
 
 
 class IdentityRequired(Problem):
@@ -222,7 +225,7 @@ class SessionDamaged(Problem):
 
 
 def problem_of(error: PersistenceError) -> Problem:
-    """What a failure of the stores is to a client. Its text stays in the log: it may name what is stored."""
+    """The problem that stands for a failure of the stores, whose text may quote stored data and stays in the log."""
     match error:
         case RedisUnavailable():
             return RedisDown(retry_after_s=1)
@@ -252,28 +255,27 @@ def invalid_field(error: msgspec.ValidationError) -> InvalidField:
 
 
 SHOWN_CHARS = 500
-"""Of what a problem says: a name that a client made up can be as long as its body."""
+"""Longest client-supplied text echoed in a problem."""
 
 NO_STORE = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
 class ProblemDocument(msgspec.Struct, omit_defaults=True):
-    """An error, after RFC 9457. `code` is for programs; `retryable` when the same request may do better later, after
-    `retry_after` seconds; `field` names what is wrong with the request."""
+    """An error, after RFC 9457."""
 
-    type: str
-    title: str
-    status: int
-    code: str
-    detail: str
-    request_id: str
-    retryable: bool = False
-    retry_after: float | None = None
-    field: str | None = None
+    type: Annotated[str, Meta(description="`urn:gateway:problem:` and the code")]
+    title: Annotated[str, Meta(description="What happened, in a sentence that is the same for every problem of this code")]
+    status: Annotated[int, Meta(description="The HTTP status")]
+    code: Annotated[str, Meta(description="What happened, for programs")]
+    detail: Annotated[str, Meta(description="What happened this time, for people; the title where there is no more to say")]
+    request_id: Annotated[str, Meta(description="Names this request in the gateway's log")]
+    retryable: Annotated[bool, Meta(description="Whether the same request may succeed later")] = False
+    retry_after: Annotated[float | None, Meta(description="Seconds to wait before that, as the header `Retry-After`")] = None
+    field: Annotated[str | None, Meta(description="The field, parameter or header that is wrong")] = None
 
 
 def encode_problem(problem: Problem, request_id: str) -> bytes:
-    """The one place where errors are rendered."""
+    """A problem as JSON. `request_id` names the request in the log."""
     document = ProblemDocument(
         type=f"urn:gateway:problem:{problem.code}",
         title=problem.title,
@@ -293,7 +295,7 @@ def _cut(text: str) -> str:
 
 
 def problem_headers(problem: Problem) -> dict[str, str]:
-    """The headers that go with a problem, its media type apart."""
+    """The headers of a problem, without its Content-Type."""
     headers = {**NO_STORE, **problem.headers}
     retry_after = _retry_after(problem)
     if retry_after is not None:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from persistence.model.agents import AgentDefinition, RateLimit
 from persistence.model.session import NewSession
 from tests.conftest import PutAgent
 from tests.support.commands import Done, run_gateway
-from tests.support.serving import ADMIN_KEY, SECRET_KEY, GatewayProcess, wait_for
+from tests.support.serving import ADMIN_KEY, ROOT, SECRET_KEY, GatewayProcess, wait_for
 from tests.support.visiting import Rows, new_session_id, post_message, problem
 
 SESSIONS = 300

@@ -1,9 +1,10 @@
 """`/api/agents`: agent definitions, for operators."""
 
-from typing import Any, Union, get_args
+from collections.abc import Sequence
+from typing import Annotated, Any, Union, get_args
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -11,6 +12,7 @@ from gateway.access.audit import audited
 from gateway.access.gatekeeper import Gatekeeper
 from gateway.agents import Agents, Document, document_of, merge_patch
 from gateway.api.answers import answer
+from gateway.api.endpoint import ADMIN_ERRORS, BODY_ERRORS, Endpoint
 from gateway.api.reading import JSON, MERGE_PATCH, BodyBounds, check_text, read_body
 from gateway.graphs.graphs import Graphs
 from gateway.problems import AgentNotFound
@@ -20,21 +22,21 @@ from persistence.model.agents import Agent, AgentDefinition, RateLimit
 class AgentAnswer(AgentDefinition, frozen=True, forbid_unknown_fields=False, kw_only=True):
     """An agent: its UUID, its name, its definition; of its site keys the fingerprints."""
 
-    id: str
-    name: str
+    id: Annotated[str, Meta(description="The agent's UUID, which stays when the agent is renamed")]
+    name: Annotated[str, Meta(description="The agent's unique name")]
 
 
 class AgentList(msgspec.Struct):
     """Every agent, by name."""
 
-    agents: list[AgentAnswer]
+    agents: Annotated[list[AgentAnswer], Meta(description="The agents, by name")]
 
 
 class AgentBody(AgentDefinition, frozen=True, kw_only=True):
     """An agent's definition. `id` and `name` may be left in what `GET` showed: they are the agent's own."""
 
-    id: str | UnsetType = UNSET
-    name: str | UnsetType = UNSET
+    id: Annotated[str | UnsetType, Meta(description="The agent's UUID")] = UNSET
+    name: Annotated[str | UnsetType, Meta(description="The agent's name")] = UNSET
 
 
 def _patch_of(kind: type[msgspec.Struct], name: str, doc: str, replaced: dict[Any, Any], base: type[msgspec.Struct]) -> Any:
@@ -42,10 +44,22 @@ def _patch_of(kind: type[msgspec.Struct], name: str, doc: str, replaced: dict[An
     fields: list[tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(kind):
         inner = next((replaced[part] for part in get_args(field.type) if part in replaced), field.type)
-        fields.append((field.name, Union[inner, None, UnsetType], UNSET))  # noqa: UP007
+        described = Meta(description=_description_of(field.type))
+        fields.append((field.name, Annotated[Union[inner, UnsetType, None], described], UNSET))  # noqa: UP007
     return msgspec.defstruct(
-        name, fields, bases=(base,), frozen=True, kw_only=True, forbid_unknown_fields=True, namespace={"__doc__": doc}
+        name,
+        fields,
+        bases=(base,),
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
+        namespace={"__doc__": " ".join(doc.split())},
     )
+
+
+def _description_of(annotated: Any) -> str:
+    """The sentence of a field's type."""
+    return next(part.description for part in get_args(annotated) if isinstance(part, Meta) and part.description)
 
 
 RateLimitPatch = _patch_of(RateLimit, "RateLimitPatch", "What is new in a rate limit.", {}, msgspec.Struct)
@@ -61,12 +75,12 @@ AgentPatch = _patch_of(
 
 
 def view(agent: Agent) -> AgentAnswer:
-    """An agent as it is shown."""
+    """An agent as operators see it: fingerprints in place of site keys."""
     return msgspec.convert(document_of(agent), AgentAnswer)
 
 
 class AgentsApi:
-    """The routes about agents."""
+    """The calls about agents."""
 
     def __init__(self, agents: Agents, graphs: Graphs, gatekeeper: Gatekeeper, *, bounds: BodyBounds) -> None:
         self._agents = agents
@@ -116,6 +130,60 @@ class AgentsApi:
         operator = self._gatekeeper.require_admin(request)
         await self._agents.delete(request.path_params["agent_id"], operator)
         return Response(status_code=204)
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """The calls about agents."""
+        return [
+            Endpoint("GET", "/api/agents", self.list, "List agents", {200: AgentList}, ADMIN_ERRORS, guard="admin"),
+            Endpoint(
+                "GET",
+                "/api/agents/{agent_id}",
+                self.show,
+                "Show an agent",
+                {200: AgentAnswer},
+                (*ADMIN_ERRORS, 404),
+                guard="admin",
+            ),
+            Endpoint(
+                "PUT",
+                "/api/agents/{agent_id}",
+                self.put,
+                "Create an agent, or replace its definition",
+                {201: AgentAnswer, 200: AgentAnswer},
+                (*BODY_ERRORS, *ADMIN_ERRORS, 404, 409),
+                description=(
+                    "Fields that are left out get their defaults. A name that is not taken creates an agent (201); a UUID "
+                    "never does. All pods know of it within 5 seconds."
+                ),
+                body=AgentBody,
+                guard="admin",
+            ),
+            Endpoint(
+                "PATCH",
+                "/api/agents/{agent_id}",
+                self.patch,
+                "Change the fields of an agent that are named",
+                {200: AgentAnswer},
+                (*BODY_ERRORS, *ADMIN_ERRORS, 404),
+                description=(
+                    "A JSON merge patch (RFC 7396). Of two patches at the same time neither undoes the other's fields. All "
+                    "pods know of it within 5 seconds."
+                ),
+                body=AgentPatch,
+                media_types=(JSON, MERGE_PATCH),
+                guard="admin",
+            ),
+            Endpoint(
+                "DELETE",
+                "/api/agents/{agent_id}",
+                self.delete,
+                "Delete an agent",
+                {204: None},
+                (*ADMIN_ERRORS, 404),
+                description="Its sessions stay until they are erased.",
+                guard="admin",
+            ),
+        ]
 
     async def _read(self, request: Request, *media_types: str) -> Document:
         document = await read_body(request, self._decoder, self._bounds, media_types)

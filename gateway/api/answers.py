@@ -19,31 +19,31 @@ log = structlog.get_logger()
 
 
 def answer(value: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A JSON answer."""
+    """A value as a JSON response."""
     return Response(_encoder.encode(value), status, headers, "application/json")
 
 
 def problem_response(problem: Problem, request: Request) -> Response:
-    """A problem as the answer to a request."""
+    """A problem as the response to a request, whose id it names."""
     body = encode_problem(problem, request_id(request))
     return Response(body, problem.status, problem_headers(problem), "application/problem+json")
 
 
 async def on_problem(request: Request, error: Exception) -> Response:
-    """Handler of Problem."""
+    """Exception handler of Problem."""
     assert isinstance(error, Problem)
     return problem_response(error, request)
 
 
 async def on_persistence_error(request: Request, error: Exception) -> Response:
-    """Handler of what the stores raise."""
+    """Exception handler of PersistenceError. Its text stays in the log."""
     assert isinstance(error, PersistenceError)
     log.warning("request.failed", error=f"{type(error).__name__}: {error}", request_id=request_id(request))
     return problem_response(problem_of(error), request)
 
 
 async def on_http_exception(request: Request, error: Exception) -> Response:
-    """Handler of what Starlette raises itself."""
+    """Exception handler of Starlette's own errors, such as 404 and 405."""
     assert isinstance(error, HTTPException)
     known: dict[int, type[Problem]] = {404: NotFound, 405: MethodNotAllowed, 413: BodyTooLarge}
     problem = known.get(error.status_code, Problem)()
@@ -55,9 +55,9 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
 
 
 async def on_unexpected(request: Request, error: Exception) -> Response:
-    """Handler of everything else: a defect. The text of the error stays in the log."""
+    """Exception handler of everything else: a defect. Its type and place are logged, its text is not."""
     if not hasattr(request.state, "crashed"):
-        # Once, though it is rendered for the page by api/cors.py and then comes to Starlette's own handler.
+        # Logged once: the CORS middleware calls this handler too, before Starlette does.
         request.state.crashed = True
         log.error("request.crashed", error=type(error).__name__, frames=frames(error), request_id=request_id(request))
     return problem_response(Problem(), request)

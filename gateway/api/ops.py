@@ -1,15 +1,17 @@
 """Liveness, readiness, metrics."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from time import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.api.answers import answer
+from gateway.api.endpoint import Endpoint
 from gateway.metrics import Metrics
 from persistence.errors import PersistenceError
 from persistence.redis.outbox import Outbox
@@ -21,20 +23,20 @@ Health = Literal["ok", "down"]
 class Alive(msgspec.Struct):
     """The process answers."""
 
-    status: Literal["ok"] = "ok"
+    status: Annotated[Literal["ok"], Meta(description="Always `ok`")] = "ok"
 
 
 class Readiness(msgspec.Struct):
-    """Each dependency's state. A pod is ready while Redis is: without Postgres, chat goes on."""
+    """The state of a pod and of its stores."""
 
-    ready: bool
-    redis: Health
-    postgres: Health
-    draining: bool
+    ready: Annotated[bool, Meta(description="Whether a balancer may send requests here: Redis is up, the pod not draining")]
+    redis: Annotated[Health, Meta(description="Whether Redis answers")]
+    postgres: Annotated[Health, Meta(description="Whether Postgres answers; chat goes on without it")]
+    draining: Annotated[bool, Meta(description="Whether the pod is shutting down")]
 
 
 class OpsApi:
-    """The routes for operators and their tools."""
+    """The calls for balancers and monitors."""
 
     def __init__(
         self,
@@ -72,6 +74,21 @@ class OpsApi:
         self._metrics.dead_letters.set(backlog.dead)
         self._metrics.foreign_replies.set(self._scripts.foreign_replies)
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """The calls for balancers and monitors."""
+        return [
+            Endpoint("GET", "/healthz", self.alive, "Whether the process answers", {200: Alive}),
+            Endpoint(
+                "GET",
+                "/readyz",
+                self.ready,
+                "Whether the pod can serve",
+                {200: Readiness, 503: Readiness},
+                description="For balancers: 503 tells them to send no more requests here.",
+            ),
+            Endpoint("GET", "/metrics", self.metrics, "Prometheus metrics", {200: "text/plain"}, (503,)),
+        ]
 
 
 async def _health(check: Callable[[], Awaitable[Any]]) -> Health:

@@ -9,7 +9,7 @@ pods are replaced, redirects to its own.
 
 import gzip
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -17,6 +17,7 @@ from importlib.resources.abc import Traversable
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.api.endpoint import SCRIPT, Endpoint
 from gateway.problems import NotFound
 
 ENTRY = "widget.js"
@@ -81,6 +82,41 @@ class WidgetApi:
         up = "../../" if folder else "../"
         headers = {**HEADERS, "Location": f"{up}{self._version}/{path}", "Cache-Control": "no-store"}
         return Response(status_code=307, headers=headers)
+
+    def endpoints(self) -> Sequence[Endpoint]:
+        """The files that websites load."""
+        kept = ("ETag", "Cache-Control")
+        return [
+            Endpoint(
+                "GET",
+                "/widget.js",
+                self.entry,
+                "The chat widget",
+                {200: SCRIPT, 304: None},
+                headers=("If-None-Match",),
+                answer_headers={200: kept, 304: kept},
+            ),
+            Endpoint(
+                "GET",
+                "/widget/{version}/{file}",
+                self.part,
+                "A module of the chat widget, which never changes",
+                {200: SCRIPT, 304: None, 307: None},
+                (404,),
+                headers=("If-None-Match",),
+                answer_headers={200: kept, 304: kept, 307: ("Location",)},
+            ),
+            Endpoint(
+                "GET",
+                "/widget/{version}/{folder}/{file}",
+                self.part,
+                "A module of the chat widget in a folder, such as a language; it never changes",
+                {200: SCRIPT, 304: None, 307: None},
+                (404,),
+                headers=("If-None-Match",),
+                answer_headers={200: kept, 304: kept, 307: ("Location",)},
+            ),
+        ]
 
 
 def _modules(folder: Traversable, path: str = "") -> Iterator[tuple[str, bytes]]:

@@ -1,8 +1,12 @@
-"""Agent definitions. Postgres owns the truth; Redis has a copy of each, so that the chat path never asks Postgres."""
+"""Agent definitions: the body of `PUT /api/agents/{agent_id}`, and what is stored of it.
+
+Postgres owns the truth. Redis has a copy of each, so that the chat path does not need Postgres.
+"""
 
 from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
 from persistence.errors import Damaged
 from persistence.model.codec import unreadable
@@ -12,8 +16,11 @@ IfBusy = Literal["queue", "reject", "interrupt"]
 
 
 class TurnPolicy(msgspec.Struct, frozen=True):
-    """What an agent sets for its turns. `hot_turns` bounds both the history given back and the hot window; a rate limit
-    with `rate_shadow` refuses nothing."""
+    """The part of a definition that the Redis layer works by.
+
+    `hot_turns` bounds the history given to graphs and the turns kept in Redis; with `rate_shadow` the rate limit refuses
+    nothing.
+    """
 
     hot_turns: int
     hot_ttl_s: int
@@ -25,62 +32,95 @@ class TurnPolicy(msgspec.Struct, frozen=True):
 
 
 MIN_HOT_TURNS = 10
-
+"""Turns kept in Redis in any case, so that retries find their answers."""
 MAX_SITE_KEYS = 4
 
-# 32 to 255 printable characters, or the fingerprint of one.
-SiteKey = Annotated[
-    str, msgspec.Meta(min_length=19, max_length=255, pattern=r"^(sha256:[0-9a-f]{12}|[!-~][ -~]{30,253}[!-~])\Z")
-]
+SiteKey = Annotated[str, Meta(min_length=19, max_length=255, pattern=r"^(sha256:[0-9a-f]{12}|[!-~][ -~]{30,253}[!-~])\Z")]
+"""32 to 255 printable characters, or the fingerprint of such a key."""
 
-Domain = Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+Domain = Annotated[str, Meta(min_length=1, max_length=255)]
 
 
 class RateLimit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """At most `messages` turns in `per_s` seconds; a burst may take all of them at once."""
+    """At most `messages` in `per_s` seconds. A burst may take all of them at once; they come back evenly."""
 
-    messages: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)]
-    per_s: Annotated[int, msgspec.Meta(ge=1, le=86_400)]
+    messages: Annotated[int, Meta(ge=1, le=1_000_000, description="Messages, as many as may come at once")]
+    per_s: Annotated[int, Meta(ge=1, le=86_400, description="Seconds in which that many come back")]
 
 
 class AgentDefinition(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What an operator sets of an agent: the body of `PUT /api/agents/{agent_id}`.
+    """What an operator sets of an agent."""
 
-    `graph` names a built-in graph or an entry of langgraph.json, `config` is handed to it. `history_window` counts
-    messages. `hot_ttl_s` is how long an idle session stays in Redis. An empty `allowed_domains` allows any. With
-    `truncate_ip` a visitor's address is not stored whole; a session without activity for `retention_days` is erased.
-
-    Limits, over all pods: `rate_limit` is per session, `domain_rate_limit` per website domain, `agent_rate_limit` for the
-    whole agent; `max_running_turns` at a time; `turns_per_day` by UTC days. Without `active` it answers nobody.
-
-    `site_keys` are the site's own, the newest first: any of them verifies what the site has signed for its visitors, and is
-    the site's servers' password. They are written whole, and shown as fingerprints; a fingerprint that is written keeps the
-    key that it is of. `require_token` takes minted sessions alone, `require_identity` known users alone.
-    """
-
-    graph: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
-    config: dict[str, Any] = {}
-    allowed_domains: Annotated[tuple[Domain, ...], msgspec.Meta(max_length=1000)] = ()
-    channels: Annotated[tuple[Channel, ...], msgspec.Meta(min_length=1)] = ("text", "voice", "phone")
-    history_window: Annotated[int, msgspec.Meta(ge=0, le=2000)] = 50
-    hot_ttl_s: Annotated[int, msgspec.Meta(ge=1, le=2_592_000)] = 1800
-    turn_timeout_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 60
-    if_busy: IfBusy = "queue"
-    rate_limit: RateLimit | None = RateLimit(30, 60)
-    agent_rate_limit: RateLimit | None = None
-    domain_rate_limit: RateLimit | None = None
-    max_running_turns: Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None = None
-    turns_per_day: Annotated[int, msgspec.Meta(ge=1, le=1_000_000_000)] | None = None
-    require_token: bool = False
-    site_keys: Annotated[tuple[SiteKey, ...], msgspec.Meta(max_length=MAX_SITE_KEYS)] = ()
-    require_identity: bool = False
-    active: bool = True
-    truncate_ip: bool = False
-    retention_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] | None = None
+    graph: Annotated[
+        str, Meta(min_length=1, max_length=255, description="A graph of `langgraph.json`, or a built-in one: `chat`, `echo`")
+    ]
+    config: Annotated[dict[str, Any], Meta(description="Handed to the graph as LangGraph's `configurable`")] = {}
+    allowed_domains: Annotated[
+        tuple[Domain, ...],
+        Meta(
+            max_length=1000,
+            description="Websites that may use the agent: hosts, `*.example.com` for all below it, with or without a port. "
+            "Empty allows any",
+        ),
+    ] = ()
+    channels: Annotated[
+        tuple[Channel, ...], Meta(min_length=1, description="How visitors may talk to it; the first one is the default")
+    ] = ("text", "voice", "phone")
+    history_window: Annotated[int, Meta(ge=0, le=2000, description="Earlier messages that the graph is given")] = 50
+    hot_ttl_s: Annotated[
+        int, Meta(ge=1, le=2_592_000, description="Seconds that an idle session stays in Redis once Postgres has it")
+    ] = 1800
+    turn_timeout_s: Annotated[
+        float, Meta(gt=0, le=3600, description="Seconds after which a turn fails with `turn_timeout`")
+    ] = 60
+    if_busy: Annotated[
+        IfBusy,
+        Meta(
+            description="What a message does while another one of its session is answered: wait (`queue`), be refused "
+            "(`reject`), or cancel that answer (`interrupt`)"
+        ),
+    ] = "queue"
+    rate_limit: Annotated[RateLimit | None, Meta(description="Messages of one session; null for no limit")] = RateLimit(
+        30, 60
+    )
+    agent_rate_limit: Annotated[
+        RateLimit | None, Meta(description="Messages to the agent, of all its visitors; null for no limit")
+    ] = None
+    domain_rate_limit: Annotated[
+        RateLimit | None, Meta(description="Messages to the agent from one website; null for no limit")
+    ] = None
+    max_running_turns: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)] | None,
+        Meta(description="Turns of the agent that run at a time; null for no limit"),
+    ] = None
+    turns_per_day: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000_000)] | None,
+        Meta(description="Turns of the agent in a day, by UTC; null for no limit"),
+    ] = None
+    require_token: Annotated[
+        bool, Meta(description="Whether only minted sessions are taken, and no ids of clients' own making")
+    ] = False
+    site_keys: Annotated[
+        tuple[SiteKey, ...],
+        Meta(
+            max_length=MAX_SITE_KEYS,
+            description="The site's own keys, the newest first. Any of them verifies user tokens, and is the password of "
+            "the site's servers. Written whole and shown as `sha256:…`, which keeps the key when written back",
+        ),
+    ] = ()
+    require_identity: Annotated[bool, Meta(description="Whether only visitors with a valid user token are answered")] = False
+    active: Annotated[bool, Meta(description="Whether the agent answers at all; off within 5 seconds on all pods")] = True
+    truncate_ip: Annotated[
+        bool, Meta(description="Whether addresses are stored without their last 8 bits (IPv4) or 80 bits (IPv6)")
+    ] = False
+    retention_days: Annotated[
+        Annotated[int, Meta(ge=1, le=3650)] | None,
+        Meta(description="Days without activity after which a session is erased; null keeps sessions"),
+    ] = None
 
     @property
     def policy(self) -> TurnPolicy:
-        """What the Redis layer needs to know of it. A turn has two messages; some stay hot in any case, for retries."""
+        """The part for the Redis layer. A turn has two messages."""
         limit = self.rate_limit
         return TurnPolicy(
             hot_turns=max(MIN_HOT_TURNS, (self.history_window + 1) // 2),
@@ -100,7 +140,7 @@ class Agent(msgspec.Struct, frozen=True):
 
 
 class _Stored(AgentDefinition, frozen=True, forbid_unknown_fields=False, kw_only=True):
-    """A definition as it is stored, perhaps by a later version: what is not known is passed over."""
+    """A stored definition. Fields of a later version are ignored."""
 
 
 def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:

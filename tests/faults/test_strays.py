@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 from starlette.requests import Request
 
-from gateway.api.sessions import SessionsApi
+from gateway.api.entrance import Entrance
 from gateway.app import Stores
 from gateway.dev.servers import redis as redis_module
 from gateway.dev.servers.ports import free_port
@@ -165,11 +165,11 @@ async def test_without_the_check_another_visitors_words_are_shown(
         await say(client, visitor, words)
     await plant(*question(stores.keys, victim))
 
-    async def access(api: SessionsApi, request: Request, session_id: str) -> Access:
+    async def access(entrance: Entrance, request: Request, session_id: str) -> Access:
         """Without the look at the session before, which would take the stray reply."""
         return OPERATOR
 
-    monkeypatch.setattr(SessionsApi, "_access", access)
+    monkeypatch.setattr(Entrance, "access", access)
     monkeypatch.setattr(Scripts, "_belongs", TrustingScripts._belongs)
     assert await transcript(client, session_id) == [SECRET, f"You said: {SECRET}"]
     await drop_connections(stores.client)

@@ -1,156 +1,88 @@
-"""The OpenAPI 3.1 document, made from the route table, the types that it names and the problems that there are."""
+"""The OpenAPI 3.1 document, made from the endpoints, their types, the problems, the events and the examples."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
+from gateway.api.docs.example import Example, curl, event_text, is_stream
+from gateway.api.docs.examples import STORY
+from gateway.api.docs.parameters import HEADER_PARAMETERS, PATH_PARAMETERS, RESPONSE_HEADERS
+from gateway.api.docs.problem_responses import name_of, problem_codes, problem_responses
+from gateway.api.docs.sample_data import EVENTS
 from gateway.api.endpoint import EVENT_STREAM, Endpoint
-from gateway.problems import Problem, ProblemDocument
+from gateway.problems import ProblemDocument
 from gateway.streams.events import KINDS, Event
-from gateway.turns.request import SessionId
 
-TITLES = {
-    400: "The request or its body cannot be read",
-    401: "A token or key is missing or wrong",
-    403: "Not allowed",
-    404: "There is no such thing",
-    408: "The request came too slowly",
-    409: "Not now, or not twice",
-    410: "It is over",
-    413: "The body is too large",
-    414: "The address is too long",
-    415: "The body is not application/json",
-    422: "A field is missing or wrong",
-    429: "Too much",
-    431: "The request's head is too large",
-    500: "Something stored cannot be read, or something went wrong in the gateway",
-    502: "The agent failed",
-    503: "A part of the system is not reachable",
-    504: "The agent took too long",
-}
 ANY_CALL = (400, 408, 414, 431, 500)
-"""What every call can be answered with: what cannot be read as HTTP, comes too slowly, is too large; and defects."""
+"""Problem statuses of every call: unreadable, slow or oversized HTTP, and defects."""
 
-PATH_PARAMETERS: dict[str, dict[str, Any]] = {
-    "agent_id": {
-        "description": "An agent's UUID or its name",
-        "schema": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,100}$"},
-    },
-    "session_id": {"description": "A session's id", "schema": msgspec.json.schema(SessionId)},
-    "turn_id": {"description": "A turn's UUID", "schema": {"type": "string", "format": "uuid"}},
-    "version": {"description": "The version that /widget.js names", "schema": {"type": "string", "minLength": 1}},
-    "folder": {"description": "A folder of modules", "schema": {"type": "string", "minLength": 1}},
-    "file": {"description": "A module's file name", "schema": {"type": "string", "minLength": 1}},
+TAGS = {
+    r"/api/chat\b": ("Messages", "What a visitor says and what the agent answers, whole or as a stream of events."),
+    r"/api/sessions\b": (
+        "Sessions",
+        "Conversations: opened, read, watched, ended and erased; lists and totals for operators.",
+    ),
+    r"/api/agents\b": ("Agents", "What operators set of the agents that answer."),
+    r"/(healthz|readyz|metrics)$": ("Operation", "For balancers and monitors. They need no key: do not publish them."),
+    r"/": ("Pages", "What browsers load: the chat widget, and this reference."),
 }
-HEADER_PARAMETERS: dict[str, dict[str, Any]] = {
-    "Idempotency-Key": {
-        "description": "Stands for `message_id` where the body has none: makes a retry safe",
-        "schema": {"type": "string", "pattern": '^(?:[A-Za-z0-9_.:-]{1,128}|"[A-Za-z0-9_.:-]{1,128}")$'},
+"""Subjects by the path of their calls, the first that matches."""
+
+SECURITY_SCHEMES = {
+    "session": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "A session's token, where the gateway made the session's id: the `session_token` that "
+        "`POST /api/sessions` answered with",
     },
-    "Last-Event-ID": {
-        "description": "The id of the last event that was received; the stream goes on behind it",
-        "schema": {"type": "string", "pattern": "^([0-9]{1,15}-[0-9]{1,16})?$"},
+    "site": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "One of the agent's `site_keys`: for the site's own servers",
     },
-    "X-User-Token": {
-        "description": "A JWT with which the agent's site says who its visitor is: as `user_token` in bodies",
-        "schema": {"type": "string"},
-    },
-    "If-None-Match": {"description": "The ETag of what is known", "schema": {"type": "string"}},
+    "admin": {"type": "http", "scheme": "bearer", "description": "The admin key, over TLS or from the machine itself"},
 }
-_TEXT = {"type": "string"}
-
-
-def _event_data(event: type[Event]) -> dict[str, Any]:
-    """The schema of an event's data: its type's, except for `custom`, whose data is any object."""
-    if event.data_type() is event:
-        return {"$ref": f"#/components/schemas/{event.__name__}"}
-    return {"type": "object", "description": event.__doc__}
-
-
-EVENT: dict[str, Any] = {
-    "type": "object",
-    "description": "An event of a turn. Exactly one that is called turn.completed, turn.failed or turn.cancelled ends it.",
-    "properties": {
-        "id": {"type": "string", "pattern": "^[0-9]+-[0-9]+$", "description": "What to send as Last-Event-ID"},
-        "event": {"type": "string", "enum": list(KINDS)},
-        "data": {
-            "type": "string",
-            "contentMediaType": "application/json",
-            "contentSchema": {"anyOf": [_event_data(event) for event in KINDS.values()]},
-        },
-    },
-    "required": ["id", "event", "data"],
-}
-RESPONSE_HEADERS: dict[str, dict[str, Any]] = {
-    "Retry-After": {"description": "Seconds after which to try again", "schema": {"type": "integer", "minimum": 1}},
-    "WWW-Authenticate": {"description": "What kind of credentials are needed", "required": True, "schema": _TEXT},
-    "ETag": {"description": "Which version this is", "required": True, "schema": _TEXT},
-    "Cache-Control": {"description": "How long it may be kept", "required": True, "schema": _TEXT},
-    "Location": {"description": "Where it is now", "required": True, "schema": _TEXT},
-}
+DESCRIPTION = (
+    "Chat sessions between websites' widgets and LangGraph agents. Bodies and answers are JSON in UTF-8; unknown fields are "
+    "refused in bodies, and may be added to answers. Times are ISO 8601 in UTC, with milliseconds."
+)
 
 
 def openapi_document(table: Sequence[Endpoint], version: str) -> dict[str, Any]:
-    """The document for a route table."""
-    kinds: list[Any] = [ProblemDocument]
+    """The document for the endpoints."""
+    kinds: list[Any] = [ProblemDocument, *(event.data_type() for event in KINDS.values())]
     for endpoint in table:
         kinds += [kind for kind in (endpoint.body, endpoint.query, *endpoint.answers.values()) if _is_struct(kind)]
-    kinds += [event for event in KINDS.values() if event.data_type() is event]
     kinds = list(dict.fromkeys(kinds))
     schemas, components = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
-    components["ProblemDocument"]["properties"]["code"] = {"type": "string", "enum": sorted(problem_codes())}
-    # Beside what the gateway says of an answer stands what the graph returned.
-    components["AnswerMetadata"]["additionalProperties"] = True
     by_kind = dict(zip(kinds, schemas, strict=True))
+    components["ProblemDocument"]["properties"]["code"]["enum"] = sorted(problem_codes())
+    # Beside the gateway's fields it has those that the graph returned.
+    components["AnswerMetadata"]["additionalProperties"] = True
+    components["Event"] = _events(by_kind)
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in table:
         paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, by_kind, components)
     queries = {endpoint.query.__name__ for endpoint in table if endpoint.query is not None}
     document = {
         "openapi": "3.1.0",
-        "info": {
-            "title": "Session gateway",
-            "version": version,
-            "description": "Chat sessions between websites' widgets and LangGraph agents.",
-        },
+        "info": {"title": "Session gateway", "version": version, "description": DESCRIPTION},
+        "tags": [{"name": name, "description": description} for name, description in TAGS.values()],
         "paths": paths,
         "components": {
             "schemas": {name: schema for name, schema in components.items() if name not in queries},
-            "securitySchemes": {
-                "session": {
-                    "type": "http",
-                    "scheme": "bearer",
-                    "description": "A session's token, where the gateway made the session's id: the `session_token` that "
-                    "`POST /api/sessions` answered with",
-                },
-                "site": {
-                    "type": "http",
-                    "scheme": "bearer",
-                    "description": "One of the agent's `site_keys`: for the site's own servers",
-                },
-                "admin": {"type": "http", "scheme": "bearer", "description": "The admin key"},
-            },
+            "responses": problem_responses(by_kind[ProblemDocument]),
+            "securitySchemes": SECURITY_SCHEMES,
         },
     }
     portable: dict[str, Any] = _portable(document)
     return portable
 
 
-def problem_codes() -> set[str]:
-    """The code of every problem that a client can meet."""
-    return {problem.code for problem in _subclasses(Problem)}
-
-
-def _subclasses(problem: type[Problem]) -> Iterator[type[Problem]]:
-    yield problem
-    for subclass in problem.__subclasses__():
-        yield from _subclasses(subclass)
-
-
 def _portable(part: Any) -> Any:
-    r"""Patterns as JSON Schema has them (ECMA-262): `$` is the end of the text there, where Python writes `\Z`."""
+    r"""Patterns as JSON Schema has them (ECMA-262): `$` ends the text there, where Python writes `\Z`."""
     match part:
         case dict():
             return {
@@ -167,33 +99,62 @@ def _is_struct(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
 
 
+def _events(by_kind: dict[Any, Any]) -> dict[str, Any]:
+    """The schema of an event of a stream: one of the kinds."""
+    ends = " or ".join(f"`{event.kind}`" for event in KINDS.values() if event.terminal)
+    return {
+        "title": "Event",
+        "description": f"An event of a stream. The stream of a turn ends with exactly one event of the kinds {ends}.",
+        "oneOf": [_event(event, by_kind[event.data_type()]) for event in KINDS.values()],
+    }
+
+
+def _event(event: type[Event], data: dict[str, Any]) -> dict[str, Any]:
+    example = {"id": "3-1", "event": event.kind, "data": msgspec.json.encode(EVENTS[event.kind]).decode()}
+    return {
+        "title": event.kind,
+        "description": event.__doc__,
+        "type": "object",
+        "properties": {
+            "id": {
+                "type": "string",
+                "pattern": "^[0-9]+-[0-9]+$",
+                "description": "The event's cursor: sent as `Last-Event-ID`, the stream goes on behind it",
+            },
+            "event": {"const": event.kind, "description": "The kind"},
+            "data": {
+                "type": "string",
+                "description": "A JSON object, on one line",
+                "contentMediaType": "application/json",
+                "contentSchema": data,
+            },
+        },
+        "required": ["id", "event", "data"],
+        "examples": [example],
+    }
+
+
 def _operation(endpoint: Endpoint, by_kind: dict[Any, Any], components: dict[str, Any]) -> dict[str, Any]:
-    errors = sorted({*endpoint.errors, *ANY_CALL})
+    examples = [example for example in STORY if example.call == f"{endpoint.method} {endpoint.path}"]
+    errors = sorted({*endpoint.errors, *ANY_CALL} - endpoint.answers.keys())
     operation: dict[str, Any] = {
+        "tags": [next(name for pattern, (name, _) in TAGS.items() if re.match(pattern, endpoint.path))],
         "summary": endpoint.summary,
         "operationId": re.sub(r"\W+", "_", f"{endpoint.method.lower()}{endpoint.path}").strip("_"),
         "responses": {
-            **{str(status): _response(endpoint, status, kind, by_kind) for status, kind in endpoint.answers.items()},
-            **{str(status): _problem(status, by_kind) for status in errors if status not in endpoint.answers},
+            **{str(status): _response(endpoint, status, by_kind, examples) for status in endpoint.answers},
+            **{str(status): {"$ref": f"#/components/responses/{name_of(status)}"} for status in errors},
         },
+        "x-codeSamples": [_sample(example) for example in examples],
     }
-    parameters = [
-        {"name": name, "in": "path", "required": True, **PATH_PARAMETERS[name]}
-        for name in re.findall(r"{(\w+)}", endpoint.path)
-    ]
-    if endpoint.query is not None:
-        schema = components[endpoint.query.__name__]
-        parameters += [
-            {"name": name, "in": "query", "required": name in schema.get("required", []), "schema": field}
-            for name, field in schema["properties"].items()
-        ]
-    headers = (*endpoint.headers, *(("X-User-Token",) if endpoint.guard == "session" else ()))
-    parameters += [{"name": name, "in": "header", "required": False, **HEADER_PARAMETERS[name]} for name in headers]
+    if endpoint.description:
+        operation["description"] = endpoint.description
+    parameters = _parameters(endpoint, components, [example for example in examples if example.status < 400])
     if parameters:
         operation["parameters"] = parameters
     if endpoint.body is not None:
-        content = {media_type: {"schema": by_kind[endpoint.body]} for media_type in endpoint.media_types}
-        operation["requestBody"] = {"required": True, "content": content}
+        content = {"schema": by_kind[endpoint.body], "examples": _bodies(examples)}
+        operation["requestBody"] = {"required": True, "content": dict.fromkeys(endpoint.media_types, content)}
     if endpoint.guard == "admin":
         operation["security"] = [{"admin": []}]
     elif endpoint.guard == "session":
@@ -201,29 +162,66 @@ def _operation(endpoint: Endpoint, by_kind: dict[Any, Any], components: dict[str
     return operation
 
 
-def _response(endpoint: Endpoint, status: int, kind: Any, by_kind: dict[Any, Any]) -> dict[str, Any]:
+def _parameters(endpoint: Endpoint, components: dict[str, Any], examples: Sequence[Example]) -> list[dict[str, Any]]:
+    parameters: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, **PATH_PARAMETERS[name]}
+        for name in re.findall(r"{(\w+)}", endpoint.path)
+    ]
+    if endpoint.query is not None:
+        schema = components[endpoint.query.__name__]
+        for name, field in schema["properties"].items():
+            bare = {word: value for word, value in field.items() if word != "description"}
+            described = {"description": field["description"], "schema": bare}
+            parameters.append({"name": name, "in": "query", "required": name in schema.get("required", []), **described})
+    headers = (*endpoint.headers, *(("X-User-Token",) if endpoint.guard == "session" else ()))
+    parameters += [{"name": name, "in": "header", "required": False, **HEADER_PARAMETERS[name]} for name in headers]
+    for parameter in parameters:
+        for example in examples:
+            given = {**example.path, **example.query, **example.headers}
+            if parameter["name"] in given:
+                parameter["example"] = given[parameter["name"]]
+    return parameters
+
+
+def _bodies(examples: Sequence[Example]) -> dict[str, Any]:
+    """The bodies that are taken, by the name of their example."""
+    return {
+        _name(example): {"summary": example.summary, "value": example.body} for example in examples if example.status < 400
+    }
+
+
+def _name(example: Example) -> str:
+    return re.sub(r"\W+", "_", example.summary.lower()).strip("_")
+
+
+def _sample(example: Example) -> dict[str, Any]:
+    """An example as reference viewers show it (`x-codeSamples`), and its answer beside it."""
+    answer = {"x-answer": _answer(example)} if example.answer is not None else {}
+    return {"lang": "Shell", "label": example.summary, "source": curl(example), "x-status": example.status, **answer}
+
+
+def _answer(example: Example) -> Any:
+    return event_text(example.answer) if is_stream(example.answer) else example.answer
+
+
+def _response(endpoint: Endpoint, status: int, by_kind: dict[Any, Any], examples: Sequence[Example]) -> dict[str, Any]:
+    kind = endpoint.answers[status]
     response: dict[str, Any] = {"description": "Done"}
     if _is_struct(kind):
         response["description"] = kind.__doc__ or "Done"
         response["content"] = {"application/json": {"schema": by_kind[kind]}}
     elif kind == EVENT_STREAM:
-        response["description"] = "Server-Sent Events, each as described here; comments between them keep the line open"
-        response["content"] = {kind: {"schema": EVENT}}
+        response["description"] = "Server-Sent Events; comments between them keep the connection open"
+        response["content"] = {kind: {"schema": {"$ref": "#/components/schemas/Event"}}}
     elif kind is not None:
         response["content"] = {kind: {"schema": {"type": "object" if kind == "application/json" else "string"}}}
+    for content in response.get("content", {}).values():
+        content["examples"] = {
+            _name(example): {"summary": example.summary, "value": _answer(example)}
+            for example in examples
+            if example.status == status
+        }
     names = endpoint.answer_headers.get(status, ())
     if names:
         response["headers"] = {name: RESPONSE_HEADERS[name] for name in names}
-    return response
-
-
-def _problem(status: int, by_kind: dict[Any, Any]) -> dict[str, Any]:
-    codes = sorted(problem.code for problem in _subclasses(Problem) if problem.status == status)
-    content = {"application/problem+json": {"schema": by_kind[ProblemDocument]}}
-    described = f"{TITLES[status]}: {', '.join(f'`{code}`' for code in codes if code in problem_codes())}"
-    response: dict[str, Any] = {"description": described, "content": content}
-    if status == 401:
-        response["headers"] = {"WWW-Authenticate": RESPONSE_HEADERS["WWW-Authenticate"]}
-    elif status in (409, 429, 503):
-        response["headers"] = {"Retry-After": RESPONSE_HEADERS["Retry-After"]}
     return response

@@ -1,7 +1,7 @@
-"""The client's address behind proxies: who is believed, and that nothing is taken for an address that is none.
+"""The client's address behind proxies: for limits, and stored with sessions.
 
-Each proxy appends the address that it was called from to X-Forwarded-For, so only what stands behind the last proxy that is
-believed is known; before it a client may have written anything. What is found here is what limits go by and what is stored.
+Each proxy appends its caller's address to X-Forwarded-For. The header is read from its end, as far as the proxies are
+trusted; a client may have written anything before that.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 MAX_HOPS = 32
-"""More proxies than any request comes through; what a client puts before them costs nothing."""
+"""Most entries read, however many a client has written before them."""
 MAX_ADDRESS = 64
+"""Longest entry read, in characters."""
 
 
 class ClientAddress:
-    """ASGI middleware: puts the client's address, and the scheme that it used, in place of the proxy's.
+    """ASGI middleware: replaces the proxy's address and scheme in the scope by the client's.
 
-    `trusted` are the networks of proxies that are believed, None for all addresses: right only where the nearest proxy
-    replaces what a client wrote into the header. An address that is none, in whatever place, ends the search: the client is
-    then who called the nearest proxy that is known, or the caller itself.
+    `trusted` are the networks of trusted proxies; None trusts every address, which is right only where the nearest proxy
+    drops a client's own header. An entry that is no address ends the search at the address found before it.
     """
 
     def __init__(self, app: ASGIApp, trusted: Sequence[IPv4Network | IPv6Network] | None = ()) -> None:
@@ -49,7 +49,7 @@ class ClientAddress:
         client = peer
         hops = 0
         for line in reversed(lines):
-            # Only the last ones are taken apart, however long the line is.
+            # Splits the last entries only, however long the line is.
             for hop in reversed(line.rsplit(b",", MAX_HOPS)):
                 hops += 1
                 found = _address(hop.decode("latin-1").strip()) if len(hop) <= MAX_ADDRESS else None
@@ -68,7 +68,7 @@ def _last(scope: Scope, wanted: bytes) -> str:
 
 @lru_cache(maxsize=4096)
 def _address(text: str) -> IPv4Address | IPv6Address | None:
-    """An address, perhaps with a port; IPv4 in IPv6 as IPv4, without the name of an interface. None for all else."""
+    """The address of an entry, its port and interface removed, IPv4-mapped IPv6 as IPv4. None for every other text."""
     if text.startswith("["):
         host, closed, port = text[1:].partition("]")
         if not closed or not (port == "" or (port[0] == ":" and port[1:].isdecimal())):

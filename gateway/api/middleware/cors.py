@@ -1,8 +1,7 @@
 """CORS (WHATWG Fetch, section 3.3): which website's pages may read an answer.
 
-Not what keeps strangers out: each call is checked against its Origin itself, and no cookie is ever read or set, hence no
-credentials. An answer of an agent is for the websites that may use it; a problem that says so, and what belongs to no
-agent, is for the page that asked.
+This is not the access check: each handler checks the Origin itself. There are no cookies, hence no credentials. An agent's
+answers can be read by its allowed websites; a problem about that, and what belongs to no agent, by the page that asked.
 """
 
 import re
@@ -24,13 +23,13 @@ METHODS = "GET, POST, DELETE"
 REQUEST_HEADERS = "Authorization, Content-Type, Idempotency-Key, Last-Event-ID, X-User-Token"
 EXPOSED = "Retry-After, RateLimit, RateLimit-Policy"
 MAX_AGE_S = 7200
-"""The longest that browsers keep the answer to a preflight (Chromium); what it allows is checked again by each call."""
+"""Chromium keeps answers to preflights no longer. Each call is checked again, so a long time does no harm."""
 
 _CALLED_BY_PAGES = re.compile(r"/api/(?:chat/(?P<agent>[^/]+)(?P<call>/.*)?|sessions(?:/.*)?)")
 
 
 class Cors:
-    """ASGI middleware: answers preflights, and says on every other answer who may read it."""
+    """ASGI middleware: answers preflights, and sets the CORS headers of every other answer."""
 
     def __init__(self, app: ASGIApp, agents: Agents, gatekeeper: Gatekeeper) -> None:
         self._app = app
@@ -45,8 +44,7 @@ class Cors:
         headers = Headers(scope=scope)
         origins = headers.getlist("origin")
         origin = origins[0] if len(origins) == 1 else ""
-        # Of a call that asks whether a website may use the agent every website reads the answer: the widget there says in
-        # the console why there is no chat.
+        # Every website may read whether it may use the agent: the widget says in the console why there is no chat.
         reference = found["agent"] if found["call"] else None
         if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
             await self._preflight(origin, reference, scope, receive, send)
@@ -59,7 +57,7 @@ class Cors:
                 started = True
                 answered = MutableHeaders(scope=message)
                 _vary(answered)
-                # The handler has just looked the agent up. If it could not, there is nothing in the answer but the problem.
+                # The handler has just loaded the agent. If that failed, the answer is only the problem.
                 if self._is_readable(origin, self._agents.known(reference) if reference else None):
                     answered["Access-Control-Allow-Origin"] = origin
                     answered["Access-Control-Expose-Headers"] = EXPOSED
@@ -68,7 +66,7 @@ class Cors:
         try:
             await self._app(scope, receive, send_readable)
         except Exception as error:
-            # What nobody foresaw is rendered outside of this middleware; a page could not read it there.
+            # Starlette renders defects outside of this middleware, without the headers that let a page read them.
             if not started:
                 await (await on_unexpected(Request(scope), error))(scope, receive, send_readable)
             raise
@@ -79,7 +77,7 @@ class Cors:
             try:
                 agent = await self._agents.load(reference)
             except (Problem, PersistenceError):
-                # The call itself says it, and may be read.
+                # The page may read the problem in the answer to the call itself.
                 agent = None
         if self._is_readable(origin, agent):
             allowed = {
@@ -95,7 +93,7 @@ class Cors:
         await response(scope, receive, send)
 
     def _is_readable(self, origin: str, agent: Agent | None) -> bool:
-        """Whether a page from there may read what is answered about an agent, or about none that is known."""
+        """Whether a page of that origin may read answers about the agent; without one, about no known agent."""
         where = read_origin(origin)
         if where.domain == NOWHERE and origin != NOWHERE:
             return False
@@ -103,7 +101,7 @@ class Cors:
 
 
 def _vary(headers: MutableHeaders) -> None:
-    """Another Origin may get another answer: no cache may give it this one."""
+    """Tells caches that the answer depends on the Origin."""
     known = headers.get("vary")
     if known is None or "origin" not in known.lower():
         headers["Vary"] = f"{known}, Origin" if known else "Origin"

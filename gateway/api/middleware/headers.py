@@ -1,6 +1,6 @@
-"""The headers that every response has, whoever made it: the routes, Starlette's own answers, preflights.
+"""Headers that every response has: of routes, of Starlette's own answers, of preflights.
 
-Nothing is kept by browsers and proxies unless the response itself says for how long it may be.
+By default browsers and proxies cache nothing.
 """
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -13,7 +13,7 @@ DEFAULTS = (
 
 
 class SafeHeaders:
-    """Adds those of DEFAULTS that a response does not set itself."""
+    """ASGI middleware: adds those of DEFAULTS that a response does not set itself."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -66,7 +66,9 @@ async def test_the_document_has_the_parts_that_openapi_3_1_asks_for(document: di
     for method, path, operation in operations(document):
         assert operation["summary"], (method, path)
         assert operation["responses"], (method, path)
-        for status, response in operation["responses"].items():
+        assert operation["tags"][0] in {tag["name"] for tag in document["tags"]}, (method, path)
+        for status, referred in operation["responses"].items():
+            response = resolve(document, referred)
             assert re.fullmatch(r"[1-5]\d\d", status), (method, path)
             assert response["description"], (method, path, status)
             for content in response.get("content", {}).values():
@@ -83,13 +85,52 @@ async def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None
     found = set(references(document))
     assert found
     for reference in found:
-        assert reference.startswith("#/components/schemas/")
+        assert re.match("#/components/(schemas|responses)/", reference)
         assert resolve(document, {"$ref": reference})
 
 
-async def test_every_schema_is_used(document: dict[str, Any]) -> None:
-    used = {reference.rpartition("/")[2] for reference in references(document)}
-    assert set(document["components"]["schemas"]) == used
+async def test_every_schema_and_response_is_used(document: dict[str, Any]) -> None:
+    used = set(references(document))
+    for kind in ("schemas", "responses"):
+        names = {f"#/components/{kind}/{name}" for name in document["components"][kind]}
+        assert names == {reference for reference in used if reference.startswith(f"#/components/{kind}/")}
+
+
+def fields(part: Any, where: str = "") -> list[tuple[str, dict[str, Any]]]:
+    """Every field of every schema, wherever it stands, with its path."""
+    match part:
+        case dict():
+            own = part.get("properties")
+            found = [(f"{where}.{name}", field) for name, field in own.items()] if isinstance(own, dict) else []
+            return found + [one for name, value in part.items() for one in fields(value, f"{where}.{name}")]
+        case list():
+            return [one for index, value in enumerate(part) for one in fields(value, f"{where}.{index}")]
+        case _:
+            return []
+
+
+def without_sentence(document: dict[str, Any]) -> list[str]:
+    """Fields, schemas and parameters that are not described."""
+    parameters = [
+        (f"{method} {path}: {parameter['name']}", parameter)
+        for method, path, operation in operations(document)
+        for parameter in operation.get("parameters", [])
+    ]
+    schemas = document["components"]["schemas"].items()
+    named = [*fields(document["components"]), *fields(document["paths"]), *parameters, *schemas]
+    return [where for where, described in named if len(described.get("description", "").split()) < 2]
+
+
+async def test_every_field_has_its_sentence(document: dict[str, Any]) -> None:
+    assert len(fields(document["components"])) > 100
+    assert without_sentence(document) == []
+
+
+async def test_a_field_without_a_sentence_is_found(document: dict[str, Any]) -> None:
+    """Control of the test before."""
+    parameter = document["paths"]["/api/sessions"]["get"]["parameters"][0]
+    del document["components"]["schemas"]["RateLimit"]["properties"]["per_s"]["description"], parameter["description"]
+    assert without_sentence(document) == [".schemas.RateLimit.per_s", f"GET /api/sessions: {parameter['name']}"]
 
 
 async def test_every_parameter_of_a_path_is_described_and_no_other(document: dict[str, Any]) -> None:
@@ -114,13 +155,17 @@ async def test_every_route_is_described_and_nothing_else_is(pod: Pod, document: 
 
 async def test_every_error_is_a_problem_document(document: dict[str, Any]) -> None:
     for method, path, operation in operations(document):
-        for status, response in operation["responses"].items():
+        for status, referred in operation["responses"].items():
+            response = resolve(document, referred)
             if int(status) < 400 or (path, status) == ("/readyz", "503"):
                 continue
             assert list(response["content"]) == ["application/problem+json"], (method, path, status)
             schema = resolve(document, response["content"]["application/problem+json"]["schema"])
             assert {"type", "title", "status", "code", "detail", "request_id"} <= set(schema["required"])
             assert {"retryable", "retry_after", "field"} <= set(schema["properties"])
+            for code, example in response["content"]["application/problem+json"]["examples"].items():
+                assert (str(example["value"]["status"]), example["value"]["code"]) == (status, code), (method, path)
+                assert set(schema["required"]) <= example["value"].keys() <= set(schema["properties"]), code
 
 
 async def test_the_calls_that_need_a_key_or_a_token_say_so(document: dict[str, Any]) -> None:
@@ -222,6 +267,7 @@ async def test_every_call_answers_as_it_is_described(
         answer = await client.request(method, path.format(**values), json=body, headers=admin)
         responses = document["paths"][path.partition("?")[0]][method.lower()]["responses"]
         described = responses.get(str(answer.status_code))
+        described = described and resolve(document, described)
         where = f"{method} {path} {values}: {answer.status_code}"
         if described is None:
             wrong.append(f"{where} is not described: {answer.text}")
