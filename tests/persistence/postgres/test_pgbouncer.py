@@ -82,11 +82,14 @@ async def test_turns_and_flushes_at_once(
     async with another(settings, "a") as a, another(settings, "b") as b:
         workers = [await build_worker(settings, own) for own in (a, b)]
         running = [asyncio.create_task(worker.run()) for worker in workers]
-        await asyncio.gather(*map(visits, sessions))
-        await wait_for(lambda: is_empty(stores), "everything is flushed")
-        for worker in workers:
-            worker.stop()
-        await asyncio.gather(*running)
+        try:
+            await asyncio.gather(*map(visits, sessions))
+            await wait_for(lambda: is_empty(stores), "everything is flushed")
+        finally:
+            # A worker that is left running takes the records of every test after this one.
+            for worker in workers:
+                worker.stop()
+            await asyncio.gather(*running)
     expected = [text for number in range(5) for text in (f"Question {number}", f"You said: Question {number}")]
     for session_id in sessions:
         assert await contents(rows, session_id) == expected
