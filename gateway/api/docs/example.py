@@ -24,7 +24,7 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
     call: str
     summary: str
     path: dict[str, str] = {}
-    query: dict[str, str] = {}
+    query: dict[str, str | int] = {}
     headers: dict[str, str] = {}
     auth: Literal["", "admin", "session"] = ""
     body: Any = None

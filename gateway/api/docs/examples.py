@@ -166,7 +166,7 @@ STORY = (
         call="GET /api/sessions/{session_id}/messages",
         summary="The newest two messages",
         path=AT_SESSION,
-        query={"limit": "2"},
+        query={"limit": 2},
         auth="session",
         answer={
             "messages": [
@@ -194,7 +194,7 @@ STORY = (
     Example(
         call="GET /api/sessions",
         summary="List an agent's sessions",
-        query={"agent_id": "support", "limit": "10"},
+        query={"agent_id": "support", "limit": 10},
         auth="admin",
         answer={
             "sessions": [
