@@ -97,12 +97,16 @@ async def test_an_id_or_name_that_is_another_agents_is_refused(client: httpx.Asy
     for write in (put, patch):
         for own in ({"id": shop.id}, {"name": "shop"}, {"id": shop.id, "name": "shop"}):
             assert (await write(client, graph="echo", **own)).status_code == 200
-        for field, values in (("id", (bank.id, "", None, 1, shop.id.upper())), ("name", ("bank", shop.id, None))):
-            for value in values:
-                problem(await write(client, graph="echo", **{field: value}), 422, "invalid_field", field)
+        wrong: list[Document] = [*({"id": value} for value in (bank.id, "", None, 1, shop.id.upper()))]
+        wrong += [{"name": value} for value in ("bank", shop.id, None)]
+        for other in wrong:
+            (field,) = other
+            problem(await write(client, graph="echo", **other), 422, "invalid_field", field)
     assert (await put(client, "/api/agents/new", graph="echo", name="new")).status_code == 201
-    for field, value in (("id", shop.id), ("id", None), ("name", "another")):
-        problem(await put(client, "/api/agents/newer", **{"graph": "echo", field: value}), 422, "invalid_field", field)
+    others: list[Document] = [{"id": shop.id}, {"id": None}, {"name": "another"}]
+    for other in others:
+        (field,) = other
+        problem(await put(client, "/api/agents/newer", graph="echo", **other), 422, "invalid_field", field)
 
 
 async def test_a_patch_changes_the_fields_it_names(client: httpx.AsyncClient, stores: Stores) -> None:
