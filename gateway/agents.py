@@ -74,11 +74,11 @@ class Agents:
         if agent is None:
             try:
                 agent = await self._postgres.find_agent(reference)
+                if agent is not None:
+                    agent = await self._copy(agent)
             except PostgresUnavailable:
-                # Redis has a copy of every agent that was ever written or looked up, so this one does not exist.
-                return None
-            if agent is not None:
-                await self._copies.put(agent)
+                # Redis has a copy of every agent that was ever written or looked up: without one it does not exist.
+                return agent
         return agent
 
     def known(self, reference: str) -> Agent | None:
@@ -138,24 +138,24 @@ class Agents:
                     raise NameTaken from error
                 raise InvalidField(f"definition: {error}", field="definition") from error
             await self._copy(agent)
+            self._known.clear()
             facts |= {"agent": agent.id, "created": before is None}
         return Written(agent, before)
 
-    async def _copy(self, agent: Agent) -> None:
-        """Brings the copy of an agent up to date after a write.
+    async def _copy(self, agent: Agent) -> Agent | None:
+        """Copies an agent that was just read or written to Redis; returns what is stored by then.
 
-        Postgres is read again after the copy is written: a concurrent writer may have copied a later definition first, and
+        Postgres is read again after the copy is written: a concurrent writer may have copied a later definition before, and
         the earlier one must not stay.
         """
+        copied: Agent | None = None
         latest: Agent | None = agent
-        while latest is not None:
+        while latest is not None and latest != copied:
             await self._copies.put(latest)
             copied, latest = latest, await self._postgres.find_agent(agent.id)
-            if latest == copied:
-                break
-        else:
+        if latest is None:
             await self._copies.delete(agent)
-        self._known.clear()
+        return latest
 
     async def delete(self, reference: str, operator: Operator | None = None) -> Agent:
         """Deletes an agent and returns what it was; its sessions stay. Raises AgentNotFound."""

@@ -68,7 +68,7 @@ log = structlog.get_logger()
 
 
 class Stores:
-    """What pods and workers have in common: Redis, Postgres, and what lies directly on them."""
+    """Redis, Postgres and the objects directly above them: pods, workers and commands share this part."""
 
     def __init__(self, settings: Settings) -> None:
         self.keys = Keys(settings.key_prefix, settings.partition_count)
@@ -90,11 +90,11 @@ class Stores:
         self.outbox = Outbox(self.scripts, self.keys, name)
 
     async def check(self) -> None:
-        """Refuses a Redis on which the promises would not hold. Raises PersistenceError."""
+        """Refuses a Redis whose configuration would break the guarantees. Raises PersistenceError."""
         await check_server(self.client, self.keys)
 
     async def copy_agents(self) -> None:
-        """Brings the copies of all agents up to date, if Postgres is there to ask and Redis has room for them."""
+        """Copies all agents to Redis; logs a warning while Postgres is down or Redis is full."""
         try:
             for agent in await self.agents.list():
                 await self.agent_copies.put(agent)
@@ -107,7 +107,7 @@ class Stores:
 
 
 class Pod:
-    """One pod: the ASGI application and the parts of it that others use."""
+    """One pod: the ASGI application, and the parts that the server and tests reach into."""
 
     def __init__(self, settings: Settings, stores: Stores, graphs: Graphs, extra_routes: Sequence[BaseRoute] = ()) -> None:
         self.settings = settings
@@ -227,24 +227,24 @@ class Pod:
         log.info("pod.stopped")
 
     def announce_drain(self) -> None:
-        """Says on /readyz that this pod goes away; all else goes on as usual."""
+        """Makes /readyz fail; the pod serves as usual."""
         if not self.draining:
             log.info("pod.draining")
         self.draining = True
 
     def begin_drain(self) -> None:
-        """Announces it, and ends what would never end by itself."""
+        """Announces the drain and ends the streams that would never end by themselves."""
         self.announce_drain()
         self.streams.close()
 
     async def drain(self) -> None:
-        """Begins to drain, and lets the running turns end."""
+        """Begins to drain and waits for the running turns, for `drain_s` at most."""
         self.begin_drain()
         await self.turns.drain(self.settings.drain_s)
 
 
 async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    """Cancels tasks until they have ended: in Python 3.11 a wait_for inside a library can lose a cancellation."""
+    """Cancels tasks until all have ended, again every 0.5 s: in Python 3.11 `wait_for` can lose a cancellation."""
     pending = set(tasks)
     while pending:
         for task in pending:
@@ -253,7 +253,7 @@ async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
 
 
 async def build_pod(settings: Settings, stores: Stores, extra_routes: Sequence[BaseRoute] = ()) -> Pod:
-    """A pod, after everything that can stop its start has been checked. Raises PersistenceError or GraphError."""
+    """A pod whose graphs are loaded and whose Redis is checked. Raises PersistenceError or GraphError."""
     base_urls = [url.strip() for url in settings.model_base_urls.split(",") if url.strip()]
     graphs = await load_graphs(Path(settings.graphs).absolute() if settings.graphs else None, base_urls)
     await stores.check()
@@ -261,7 +261,7 @@ async def build_pod(settings: Settings, stores: Stores, extra_routes: Sequence[B
 
 
 async def build_worker(settings: Settings, stores: Stores) -> Worker:
-    """A worker, after everything that can stop its start has been checked. Raises PersistenceError."""
+    """A worker whose Redis is checked. Raises PersistenceError."""
     await stores.check()
     housekeeping = Housekeeping(
         stores.scripts,
@@ -275,7 +275,7 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
 
 
 async def warn_if_not_migrated(postgres: Postgres) -> None:
-    """Says so when the database lacks migrations: the worker waits for them, chat goes on."""
+    """Logs a warning when the database lacks migrations: the worker waits for them, chat goes on."""
     expected = len(load_migrations())
     try:
         found = await postgres.migrated_to()

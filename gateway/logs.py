@@ -1,8 +1,8 @@
 """Logs: event names with facts as fields; JSON in production, key=value on a terminal.
 
-Never message text, tokens, keys, or session ids, which can be their visitors' secrets. An error is told by its type and by
-where it was raised: its text may quote what a visitor wrote, and libraries log it. So whatever libraries and the
-interpreter itself would print goes through here too, and loses it.
+Never message text, tokens, keys or session ids, which can be secrets of visitors. Of an error only the type and the place
+are logged, since its text may quote a visitor. Libraries and the interpreter print such texts: their output goes through
+here too and loses it.
 """
 
 import json
@@ -20,12 +20,12 @@ import structlog
 log = structlog.get_logger()
 
 PLAIN = frozenset(("asyncio", "uvicorn"))
-"""Libraries whose messages begin with words of their own: these are shown as far as they can be nothing else."""
+"""Libraries whose messages begin with fixed words: the letters at a message's beginning are logged."""
 _WORDS = re.compile(r"[A-Za-z][A-Za-z ',-]*")
 
 
 def configure_logs(log_format: str, level: str) -> None:
-    """Sets the process's logging up, once, before anything logs."""
+    """Sets up the process's logging: once, before the first event. `log_format` and `level` are the settings' values."""
     text = log_format == "text" or (log_format == "auto" and sys.stderr.isatty())
     number = logging.getLevelNamesMapping()[level.upper()]
     renderer: structlog.types.Processor = structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty()) if text else _as_json
@@ -38,7 +38,7 @@ def configure_logs(log_format: str, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        # Writes a line at once, where print takes two calls of the system.
+        # One system call per line; print makes two.
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
@@ -49,13 +49,15 @@ _encode = json.JSONEncoder(default=repr).encode
 
 
 def _as_json(logger: Any, method: str, event: structlog.types.EventDict) -> str:
-    """The last processor. structlog's own makes an encoder for each line."""
+    """The last processor, with one encoder; structlog's own JSONRenderer makes one per line."""
     return _encode(event)
 
 
 def contain_errors() -> None:
-    """Has the interpreter tell what nobody caught, and warnings, as events: its own way shows their text. For a process
-    that is the gateway alone, once."""
+    """Logs uncaught errors and warnings as events, without the text that the interpreter would print.
+
+    Once per process, and only in the gateway's own: it replaces the interpreter's hooks.
+    """
     sys.excepthook = _on_crash
     sys.unraisablehook = lambda lost: _tell("error.ignored", lost.exc_value)
     threading.excepthook = lambda lost: _tell("thread.crashed", lost.exc_value)
@@ -78,12 +80,12 @@ def _on_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    # Pydantic, for one, quotes the value that it warns of.
+    # Without its text: Pydantic, for one, quotes the value that it warns of.
     log.warning("python.warning", category=category.__name__, where=f"{filename}:{lineno}")
 
 
 class LibraryLogs(logging.Handler):
-    """Hands what libraries log on as events: who logged it and where, the type of the error, no text but PLAIN's."""
+    """Logs libraries' records as `library.logged`: logger, place, type of the error; no text but PLAIN's fixed words."""
 
     def emit(self, record: logging.LogRecord) -> None:
         facts: dict[str, Any] = {"logger": record.name, "where": f"{record.pathname}:{record.lineno}"}
@@ -96,7 +98,7 @@ class LibraryLogs(logging.Handler):
 
 
 def without_error_text(logger: Any, method: str, event: structlog.types.EventDict) -> structlog.types.EventDict:
-    """A processor: an `exc_info` becomes the error's type and where it was raised."""
+    """A processor: `exc_info` becomes the error's type and the place where it was raised."""
     given = event.pop("exc_info", None)
     error = given if isinstance(given, BaseException) else sys.exc_info()[1] if given else None
     if error is not None:
@@ -106,7 +108,7 @@ def without_error_text(logger: Any, method: str, event: structlog.types.EventDic
 
 
 def kinds(error: BaseException) -> str:
-    """The type of an error and of those that led to it, the last one first; without their text."""
+    """The type of an error and of its causes, the last one first, as `ValueError from KeyError`; without their text."""
     names: list[str] = []
     seen: set[int] = set()
     at: BaseException | None = error
@@ -119,6 +121,6 @@ def kinds(error: BaseException) -> str:
 
 
 def frames(error: BaseException, last: int = 8) -> list[str]:
-    """Where an error was raised, as `file:line function`, without its text, which may hold what a visitor wrote."""
+    """The innermost `last` frames of an error's traceback, as `file:line function`; without its text."""
     stack = traceback.extract_tb(error.__traceback__)[-last:]
     return [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in stack]

@@ -1,5 +1,6 @@
 """Settings are complete and right, or the start stops with a sentence that names the variable."""
 
+import asyncio
 from pathlib import Path
 
 import msgspec
@@ -7,10 +8,12 @@ import pytest
 from uuid_utils.compat import uuid7
 
 from gateway.app import Stores, build_worker
+from gateway.commands.settings import SettingDescription, describe_settings, table
 from gateway.settings import Settings, SettingsError, load_settings
 from persistence.errors import PostgresUnavailable
 from persistence.model.session import NewSession
 from tests.conftest import PutAgent
+from tests.support.commands import run_gateway
 from tests.support.visiting import new_session_id
 
 GOOD = {
@@ -47,11 +50,59 @@ def test_settings_do_not_change() -> None:
         Settings().port = 9000  # type: ignore[misc]
 
 
-def test_every_setting_says_what_it_is() -> None:
-    source = (Path(__file__).parent.parent / "gateway" / "settings.py").read_text()
-    for field in msgspec.structs.fields(Settings):
-        _, _, rest = source.partition(f"\n    {field.name}: ")
-        assert rest.split("\n")[1].strip().startswith('"""'), field.name
+def test_every_setting_is_described_from_its_type_and_docstring() -> None:
+    fields, described = msgspec.structs.fields(Settings), describe_settings({})
+    assert [setting.variable for setting in described] == [f"GATEWAY_{field.name.upper()}" for field in fields]
+    assert [setting.default for setting in described] == [field.default for field in fields]
+    source = (Path(__file__).parent.parent / "gateway" / "settings.py").read_text().split('"""')
+    docstrings = {" ".join(text.split()) for text in source}
+    for setting in described:
+        assert setting.description in docstrings, setting.variable
+        assert setting.subject
+        assert not setting.is_set
+    by_name = {setting.variable.removeprefix("GATEWAY_").lower(): setting for setting in described}
+    assert by_name["port"].values == "integer from 1 to 65535"
+    assert by_name["queue_wait_s"].values == "number above 0 to 300"
+    assert by_name["max_backlog"].values == "integer from 1"
+    assert by_name["limit_mode"].values == "enforce | shadow | off"
+    assert by_name["admin_plaintext"].values == "true | false"
+    assert by_name["graphs"].values == "text"
+
+
+def test_the_table_of_settings_fits_a_terminal_and_has_everything() -> None:
+    described = describe_settings({"GATEWAY_PORT": "9000", "GATEWAY_TRUSTED_PROXIES": ",".join(["10.0.0.0/8"] * 30)})
+    lines = list(table(described))
+    assert max(map(len, lines)) <= 100
+    (at,) = (number for number, line in enumerate(lines) if " GATEWAY_PORT " in line)
+    assert lines[at].split() == ["*", "GATEWAY_PORT", "8000", "integer", "from", "1", "to", "65535"]
+    assert [line.strip() for line in lines[at + 1 : at + 3]] == ["= 9000", "Port the pod listens on."]
+    assert sum(line.startswith("*") for line in lines) == 2
+    text = " ".join(" ".join(lines).split())
+    assert all(setting.variable in text and setting.description in text for setting in described)
+
+
+def test_no_secret_is_shown_among_the_settings() -> None:
+    secret = {"redis_url", "database_url", "secret_key", "secret_key_previous", "admin_key", "admin_key_previous"}
+    environment = {f"GATEWAY_{name.upper()}": "hunter2" for name in secret}
+    described = describe_settings(environment)
+    assert {setting.variable for setting in described if setting.secret} == environment.keys()
+    assert all(setting.is_set is setting.secret for setting in described)
+    assert "hunter2" not in "\n".join(table(described)) + str(described)
+
+
+async def test_settings_are_printed_for_people_and_for_programs() -> None:
+    """A wrong environment is shown, and then refused."""
+    people, programs, wrong = await asyncio.gather(
+        run_gateway("settings", variables={}),
+        run_gateway("settings", "--json", variables=GOOD),
+        run_gateway("settings", variables={"GATEWAY_PORT": "eighty"}),
+    )
+    assert (people.status, people.out.splitlines()) == (0, list(table(describe_settings({}))))
+    printed = msgspec.json.decode(programs.out, type=dict[str, list[SettingDescription]])
+    assert (programs.status, printed) == (0, {"settings": describe_settings(GOOD)})
+    assert wrong.status == 1
+    assert "= eighty" in wrong.out
+    assert wrong.error == "gateway: GATEWAY_PORT: expected `int`, got `str`\n"
 
 
 @pytest.mark.parametrize("missing", ["redis_url", "secret_key"])
