@@ -52,6 +52,8 @@ class Harm:
         await asyncio.sleep(self.chance.uniform(least_s, most_s))
 
 
+AT_WORK_S = 20.0
+"""How long a fault waits for a worker to be at work: one that was started a moment ago on a busy machine is not yet."""
 LATE_S = 10.0
 """How long the next fault waits for those who are still not answered when all should be calm."""
 
@@ -93,17 +95,24 @@ async def pod_restarted(harm: Harm) -> None:
 
 async def worker_killed(harm: Harm) -> None:
     """SIGKILL of a worker that is at work; it is started again under its name."""
-    index = harm.chance.randrange(len(harm.site.workers))
-    worker = harm.site.workers[index]
-    for _ in range(100):
-        # A moment ago: what it took is on its way to Postgres, or there and not acknowledged.
-        taken_ms = await harm.site.taken_ms(index)
-        if taken_ms is not None and 200 <= taken_ms <= 600:
-            break
-        await asyncio.sleep(0.05)
+    worker = harm.chance.choice(harm.site.workers)
+    await _workers_take(harm.site)
+    # What was taken is on its way to Postgres now, or there and not acknowledged.
+    await asyncio.sleep(0.3)
     harm.site.kill(worker)
     await harm.wait(0, 2)
     await harm.site.revive(worker)
+
+
+async def _workers_take(site: Site) -> None:
+    """Waits until workers take records off the outbox, for AT_WORK_S at most."""
+    due_at, before = monotonic() + AT_WORK_S, await site.last_taken()
+    while monotonic() < due_at:
+        now = await site.last_taken()
+        if now != before and now is not None and before is not None:
+            return
+        before = now
+        await asyncio.sleep(0.02)
 
 
 async def worker_stalled(harm: Harm) -> None:

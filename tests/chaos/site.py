@@ -232,15 +232,13 @@ class Site:
         # Without its group nothing is pending; the stores tell what was lost.
         return records, int(pending["pending"]) if pending is not None else 0
 
-    async def taken_ms(self, index: int) -> int | None:
-        """How long ago a worker took records off the outbox, in milliseconds; None when it has not yet, or Redis is away."""
+    async def last_taken(self) -> str | None:
+        """The id of the record that workers have taken last; None while Redis or the outbox's group is away."""
         try:
-            consumers = await of_group(self.client.xinfo_consumers(self.keys.outbox(0), GROUP))
+            groups = await self.client.xinfo_groups(self.keys.outbox(0))
         except (RedisError, OSError):
             return None
-        name = f"worker-{index + 1}".encode()
-        found = next((one for one in consumers or [] if one["name"] == name), None)
-        return int(found["inactive"]) if found is not None and found["inactive"] >= 0 else None
+        return next((str(one["last-delivered-id"]) for one in groups if one["name"] == GROUP.encode()), None)
 
     def logged(self, event: str) -> int:
         """How often the workers and pods have logged an event."""

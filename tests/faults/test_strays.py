@@ -95,6 +95,15 @@ async def beside(stores: Stores, session_id: str) -> str:
             return other
 
 
+async def two_visitors(client: httpx.AsyncClient, stores: Stores) -> tuple[str, str]:
+    """Their sessions, on one node: the first has said Hello, the other one the secret."""
+    session_id = new_session_id()
+    victim = await beside(stores, session_id)
+    for visitor, words in ((session_id, "Hello"), (victim, SECRET)):
+        await say(client, visitor, words)
+    return session_id, victim
+
+
 async def foreign_replies(client: httpx.AsyncClient) -> float:
     lines = (await client.get("/metrics")).text.splitlines()
     (value,) = (float(line.split()[1]) for line in lines if line.startswith("gateway_foreign_replies "))
@@ -129,10 +138,7 @@ async def test_whatever_request_meets_it_fails_with_503_and_the_next_one_works(
     client: httpx.AsyncClient, put_agent: PutAgent, stores: Stores, plant: Plant, name: str
 ) -> None:
     await put_agent("shop")
-    session_id = new_session_id()
-    victim = await beside(stores, session_id)
-    for visitor, words in ((session_id, "Hello"), (victim, SECRET)):
-        await say(client, visitor, words)
+    session_id, victim = await two_visitors(client, stores)
     sockets = await plant(*question(stores.keys, victim))
 
     answer = await send(client, name, session_id)
@@ -159,10 +165,7 @@ async def test_without_the_check_another_visitors_words_are_shown(
 ) -> None:
     """Control of the test before."""
     await put_agent("shop")
-    session_id = new_session_id()
-    victim = await beside(stores, session_id)
-    for visitor, words in ((session_id, "Hello"), (victim, SECRET)):
-        await say(client, visitor, words)
+    session_id, victim = await two_visitors(client, stores)
     await plant(*question(stores.keys, victim))
 
     async def access(entrance: Entrance, request: Request, session_id: str) -> Access:
