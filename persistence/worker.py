@@ -14,6 +14,7 @@ import structlog
 from persistence.errors import Damaged, DataRefused, NewerFormat, PersistenceError, PostgresUnavailable, RedisUnavailable
 from persistence.housekeeping import Housekeeping
 from persistence.model.codec import decode_record
+from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.model.session import Record
 from persistence.postgres.postgres import Postgres
 from persistence.redis.connection import gather_bounded
@@ -37,7 +38,16 @@ CLAIM_EVERY_S = CLAIM_IDLE_MS / 1000 / 2
 class Worker:
     """One worker. `housekeep_s` is the pause between two rounds of housekeeping."""
 
-    def __init__(self, outbox: Outbox, postgres: Postgres, housekeeping: Housekeeping, *, housekeep_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        postgres: Postgres,
+        housekeeping: Housekeeping,
+        *,
+        housekeep_s: float = 1.0,
+        fields: SessionFields = SESSION_FIELDS,
+    ) -> None:
+        self._fields = fields
         self._outbox = outbox
         self._postgres = postgres
         self._housekeeping = housekeeping
@@ -144,7 +154,7 @@ class Worker:
         newer: list[bytes] = []
         for entry, fields in taken.entries:
             try:
-                records.append(decode_record(entry, fields))
+                records.append(decode_record(entry, fields, self._fields))
             except NewerFormat:
                 newer.append(entry)
             except Damaged as error:

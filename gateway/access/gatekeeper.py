@@ -39,7 +39,7 @@ class Gatekeeper:
     """Decides what a caller may see: shared by all routes.
 
     Nothing is asked of a store here, so what is refused here is refused alike for sessions that there are and for those
-    that there are not; what depends on the session itself, lua/prelude's `refusal` decides, atomically.
+    that there are not; what depends on the session itself, lua/lib/refusal.lua decides, atomically.
     """
 
     def __init__(self, tokens: SessionTokens, door: AdminDoor) -> None:

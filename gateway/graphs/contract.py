@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 
 from persistence.model.agents import Agent
-from persistence.model.session import ChatMessage
+from persistence.model.session import Message
 from persistence.model.storable import storable_text
 
 MAX_INT = 2**31 - 1
@@ -15,7 +15,7 @@ MAX_INT = 2**31 - 1
 class GraphInput(msgspec.Struct):
     """What a graph is given: the history, oldest first, and the new message with its UUID."""
 
-    history: Sequence[ChatMessage]
+    history: Sequence[Message]
     user_input: str
     message_uuid: str
     context: dict[str, Any]

@@ -14,6 +14,7 @@ import msgspec
 
 from persistence.errors import DataRefused, PostgresUnavailable
 from persistence.model.agents import Agent
+from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.model.ids import as_uuid
 from persistence.model.session import Record, Session, Snapshot, StoredMessage
 from persistence.model.times import moment
@@ -77,13 +78,16 @@ class Totals(msgspec.Struct):
 class Postgres:
     """A pool of connections that opens on first use, so that a pod starts while Postgres is down."""
 
-    def __init__(self, url: str, *, connections: int = 4, timeout_s: float = 1.5) -> None:
+    def __init__(
+        self, url: str, *, connections: int = 4, timeout_s: float = 1.5, fields: SessionFields = SESSION_FIELDS
+    ) -> None:
         self._url = url
         self._connections = connections
         self._timeout_s = timeout_s
         self._pool: asyncpg.Pool | None = None
         self._opening = asyncio.Lock()
-        self._statements = load_statements()
+        self._fields = fields
+        self._statements = load_statements(fields)
 
     async def close(self) -> None:
         if self._pool is not None:
@@ -95,7 +99,7 @@ class Postgres:
         """One transaction, bounded in time. Raises PostgresUnavailable or DataRefused."""
         try:
             async with self._connection(timeout_s or self._timeout_s) as connection, connection.transaction():
-                yield Transaction(connection, self._statements)
+                yield Transaction(connection, self._statements, self._fields)
         except REFUSED as error:
             constraint = getattr(error, "constraint_name", None) or ""
             raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error
@@ -169,7 +173,7 @@ class Postgres:
                 after[1] if after else None,
                 limit,
             )
-            return [session_of(row) for row in rows]
+            return [session_of(row, self._fields) for row in rows]
 
     async def totals(self, agent_id: str | None, left_out: Sequence[str]) -> Totals:
         """Totals over an agent's sessions (None: all), but for those left out."""
@@ -202,9 +206,10 @@ class Postgres:
 class Transaction:
     """The statements of one transaction."""
 
-    def __init__(self, connection: Connection, statements: dict[str, str]) -> None:
+    def __init__(self, connection: Connection, statements: dict[str, str], fields: SessionFields) -> None:
         self._connection = connection
         self._statements = statements
+        self._fields = fields
 
     async def fetch(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
         """Runs the statement of that name."""
@@ -216,7 +221,7 @@ class Transaction:
 
     async def find_session(self, session_id: str) -> Session | None:
         rows = await self.fetch("find_session", session_id)
-        return session_of(rows[0]) if rows else None
+        return session_of(rows[0], self._fields) if rows else None
 
     async def find_snapshot(self, session_id: str, hot_turns: int) -> Snapshot | None:
         """A session with up to `hot_turns` of its newest turns."""
@@ -228,7 +233,7 @@ class Transaction:
         return Snapshot(session, first, turns_of(rows, first, session))
 
     async def flush(self, records: Sequence[Record]) -> None:
-        """Brings the records into the tables. Flushing a record again changes nothing."""
+        """Writes the records into the tables. Flushing a record again changes nothing."""
         erased = [UUID(record.session.id) for record in records if record.session.status == "erased"]
         kept = [record for record in records if record.session.status != "erased"]
         await self.fetch("lock_erase" if erased else "lock_flush")
@@ -241,7 +246,7 @@ class Transaction:
             known = newest.get(record.session.id)
             if known is None or known.revision < record.session.revision:
                 newest[record.session.id] = record.session
-        changed = await self.fetch("flush", *session_columns(newest.values()), *message_columns(kept))
+        changed = await self.fetch("flush", *message_columns(kept), *session_columns(newest.values(), self._fields))
         if changed:
             await self.fetch("write_histories", [row["id"] for row in changed])
 

@@ -1,4 +1,4 @@
-"""The events of a turn's log, as they are stored: a stream whose entries hold some events each (lua/prelude)."""
+"""The events of a turn's log, as they are stored: a stream whose entries hold some events each (lua/lib/log_tail)."""
 
 import msgspec
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 import msgspec
 
-from persistence.model.session import ChatMessage, Session, Turn
+from persistence.model.session import Message, Session, Turn
 
 Reason = Literal[
     "ended",
@@ -25,7 +25,7 @@ class Begun(msgspec.Struct):
     fence: int
     now_ms: int
     session: Session
-    history: list[ChatMessage]
+    history: list[Message]
     rate_ahead_ms: int = 0
 
 

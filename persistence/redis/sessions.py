@@ -4,6 +4,7 @@ Called by the gateway (begin, commit, abort, renew, open, read, end, erase) and 
 It never reads Postgres: a session that is not in Redis comes back as `Absent` with a ticket, and whoever can read
 Postgres installs it with `hydrate` under that ticket."""
 
+from itertools import chain
 from math import ceil
 from typing import Any
 
@@ -16,16 +17,17 @@ from persistence.model.codec import (
     decode_session,
     decode_turn,
     decode_turns,
-    encode_object,
     encode_session,
     encode_turn,
 )
 from persistence.model.ids import masked
+from persistence.model.kinds import encode_object
 from persistence.model.session import Access, NewSession, Session, Snapshot, Turn
 from persistence.model.times import ms_of
 from persistence.redis.keys import GROUP, Keys
 from persistence.redis.log_entries import Part, log_arguments
 from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Opened, Queued, Refused, Replay
+from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts
 
 TICKET_MS = 10_000
@@ -48,6 +50,7 @@ class SessionStore:
         max_backlog_bytes: int = 2**30,
     ) -> None:
         self._scripts = scripts
+        self._fields = scripts.fields
         self._keys = keys
         self.lease_ms = lease_ms
         self._room = {
@@ -106,7 +109,7 @@ class SessionStore:
                     # Something ended the turn between the script and the reading: the script knows what to say of it.
                     return await self.begin(session_id, turn_id, access, policy, message_id=message_id, digest=digest)
                 try:
-                    session, history = decode_hash(fields, policy.hot_turns, where)
+                    session, history = decode_hash(fields, policy.hot_turns, where, self._fields)
                 except Damaged:
                     # Nobody knows of the turn yet: the session stays as it was found.
                     await self.abort(session_id, turn_id, int(fence))
@@ -115,7 +118,7 @@ class SessionStore:
             case ["absent", ticket]:
                 return Absent(ticket)
             case ["replay", number, header, turn]:
-                return Replay(decode_session(header, where), number, decode_turn(turn, where, f"t:{number}"))
+                return Replay(decode_session(header, where, self._fields), number, decode_turn(turn, where, f"t:{number}"))
             case ["busy", left_ms, same, running]:
                 return Busy(int(left_ms), bool(same), running.decode())
             case ["queued", position]:
@@ -176,7 +179,7 @@ class SessionStore:
                     return Committed(after.message_count, after.last_activity_at)
                 case ["changed", header]:
                     # A user was given the session while the turn ran: what is committed is theirs.
-                    before = decode_session(header, f"session {masked(session_id)}")
+                    before = decode_session(header, f"session {masked(session_id)}", self._fields)
                 case _:
                     return None
 
@@ -218,7 +221,7 @@ class SessionStore:
         )
         match reply:
             case ["opened" | "found" as word, header]:
-                return Opened(decode_session(header, f"session {masked(new.session_id)}"), word == "opened")
+                return Opened(decode_session(header, f"session {masked(new.session_id)}", self._fields), word == "opened")
             case ["absent", given]:
                 return Absent(given)
             case _:
@@ -233,7 +236,7 @@ class SessionStore:
                 where = f"session {masked(session_id)}"
                 decoded = decode_turns(turns, first, where)
                 return Hot(
-                    decode_session(header, where),
+                    decode_session(header, where, self._fields),
                     ttl_ms,
                     first_hot,
                     flushed,
@@ -249,22 +252,17 @@ class SessionStore:
 
     async def hydrate(self, snapshot: Snapshot, ticket: int, hot_ttl_s: int) -> bool:
         """Installs what was read from Postgres; False when the ticket is stale: ask again."""
-        session = snapshot.session
-        fields = {
-            f"field:{name}": value
-            for name, value in {
-                **msgspec.structs.asdict(session),
-                "context": encode_object(session.context),
-                "metadata": encode_object(session.metadata),
-                "minted": int(session.minted),
-            }.items()
+        session, first = snapshot.session, snapshot.first
+        stored: dict[str, Argument] = {
+            **self._fields.texts(session),
+            **{f"t:{number}": encode_turn(turn) for number, turn in enumerate(snapshot.turns, first)},
         }
-        turns = {f"field:t:{snapshot.first + i}": encode_turn(turn) for i, turn in enumerate(snapshot.turns)}
         reply = await self._scripts.run(
             "hydrate",
             session.session_id,
             self._key(session.session_id, "live", "ticket"),
-            {"ticket": ticket, "hot_ttl_s": hot_ttl_s, "first_hot": snapshot.first, **fields, **turns},
+            {"ticket": ticket, "hot_ttl_s": hot_ttl_s, "first_hot": first},
+            rest=list(chain.from_iterable(stored.items())),
         )
         return bool(reply[0] == "hydrated")
 
@@ -275,7 +273,7 @@ class SessionStore:
         reply = await self._scripts.run("end", session_id, keys, arguments)
         match reply:
             case ["ended", header]:
-                return decode_session(header, f"session {masked(session_id)}")
+                return decode_session(header, f"session {masked(session_id)}", self._fields)
             case ["absent", ticket]:
                 return Absent(ticket)
             case _:

@@ -79,10 +79,9 @@ class Limits:
         failures: list[PersistenceError] = []
 
         async def tell(group: list[str]) -> None:
-            arguments = {str(number): told[name].words() for number, name in enumerate(group, 1)}
             keys = [self._keys.limit(name) for name in group]
             try:
-                _, *replies = await self._scripts.run("limit", "", keys, arguments)
+                _, *replies = await self._scripts.run("limit", "", keys, {}, rest=[told[name].words() for name in group])
             except PersistenceError as error:
                 failures.append(error)
                 return
