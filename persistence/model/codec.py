@@ -16,7 +16,6 @@ import msgspec
 
 from persistence.errors import Damaged, NewerFormat
 from persistence.model.fields import FORMAT, RECORD_FORMAT, SESSION_FIELDS, SessionFields
-from persistence.model.kinds import whole
 from persistence.model.session import Message, Record, Session, Turn
 
 _encoder = msgspec.json.Encoder()
@@ -72,7 +71,9 @@ def decode_session(values: Sequence[bytes | None], where: str, fields: SessionFi
     if len(values) != len(fields.names):
         raise Damaged(where, "header", f"has {len(values)} values")
     return _read(
-        [default if value is None else value for value, (_, default) in zip(values, fields.stored, strict=False)], where, fields
+        [default if value is None else value for value, (_, default) in zip(values, fields.stored, strict=False)],
+        where,
+        fields,
     )
 
 
@@ -138,9 +139,7 @@ def _bytes(by_name: Mapping[bytes, bytes]) -> int:
     return int(raw) if raw.isdigit() else 0
 
 
-def _decode_record_2(
-    by_name: Mapping[bytes, bytes], where: str, fields: SessionFields
-) -> tuple[str, Session, Turn | None]:
+def _decode_record_2(by_name: Mapping[bytes, bytes], where: str, fields: SessionFields) -> tuple[str, Session, Turn | None]:
     name = b""
     try:
         name = b"fact"
@@ -164,9 +163,7 @@ def _decode_record_2(
     return fact, session, turn
 
 
-def _decode_record_1(
-    by_name: Mapping[bytes, bytes], where: str, fields: SessionFields
-) -> tuple[str, Session, Turn | None]:
+def _decode_record_1(by_name: Mapping[bytes, bytes], where: str, fields: SessionFields) -> tuple[str, Session, Turn | None]:
     """Format 1 has each field of the session as a field of the record."""
     # First of all: nothing is known of the fields of a later format.
     _check_format(by_name.get(b"format"), where, newest=RECORD_FORMAT)

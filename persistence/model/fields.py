@@ -9,7 +9,7 @@ To add one: a row here, a member of `Session` with the same default, and a migra
 `agent_sessions` and, under the field's name, to the view `session_headers`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -123,7 +123,9 @@ HEADER = (
     Field("session_id", TEXT, (Column("session_id", "text"),)),
     Field("agent_id", optional(UUID), (Column("agent_id", "uuid"),)),
     Field("channel", choice("text", "voice", "phone", ""), (Column("channel", "text"),)),
-    Field("status", choice("active", "ended", "timeout", "erased"), (Column("status", "text", changes=True),), initial="active"),
+    Field(
+        "status", choice("active", "ended", "timeout", "erased"), (Column("status", "text", changes=True),), initial="active"
+    ),
     Field(
         "user_id",
         TEXT,

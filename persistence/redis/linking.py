@@ -1,8 +1,7 @@
-"""Links the Lua scripts: puts behind a script's `#!lua` line what it uses of `lua/lib`, and no more, because the whole text of
-a script is run at each call: with all of the library a turn takes Redis twice the time.
+"""Links the Lua scripts: puts behind a script's `#!lua` line what it uses of `lua/lib`, and no more, because the whole text
+of a script is run at each call: with all of the library a turn takes Redis twice the time.
 
-A library file defines the one local that it is named after. A script or a library file uses another by its name; there is
-no other statement of it. Three kinds of names have no file:
+A library file defines the one local that it is named after, and is used by that name. These names have no file:
 
 * `args`, a script's arguments by name, in the order of the ARGV list in its header. The list is comma-separated names, with
   remarks in parentheses; `...` at its end stands for a variable number of further ones, which the script takes off ARGV.
@@ -20,17 +19,23 @@ from typing import NamedTuple
 
 from persistence.model.fields import FORMAT, RECORD_FORMAT, SESSION_FIELDS, SessionFields
 
-_TOKEN = re.compile(r"""(?:--|\#!)[^\n]* | '(?:\\.|[^'\\])*' | [A-Za-z_]\w* | ==|\.\.\.|\.\. | \d[\w.]* | \S""", re.VERBOSE)
+_TOKEN = re.compile(
+    r"""
+    (?:--|\#!)[^\n]*                          # a comment, or the first line
+    | '(?:\\.|[^'\\])*' | "(?:\\.|[^"\\])*"  # a string
+    | [A-Za-z_]\w* | \d[\w.]* | == | \.\.\.? | \S
+    """,
+    re.VERBOSE,
+)
 
 _WORD = re.compile(r"[A-Za-z_]\w*")
 
-_KEYWORDS = frozenset(
-    "and break do else elseif end false for function if in local nil not or repeat return then true until while".split()
+_KEYWORDS = _WORD.findall(
+    "and break do else elseif end false for function if in local nil not or repeat return then true until while"
 )
 
-_BUILTINS = frozenset(
-    "ARGV KEYS cjson ipairs math pairs pcall redis string table tonumber tostring type unpack".split()
-)  # as far as the scripts use them
+_BUILTINS = _WORD.findall("ARGV KEYS cjson ipairs math pairs pcall redis string table tonumber tostring type unpack")
+"""Lua's own names, as far as the scripts use them."""
 
 _ARGV = re.compile(r"^-- ARGV (.*?)^-- replies", re.MULTILINE | re.DOTALL)
 
@@ -96,7 +101,9 @@ def _arguments(name: str, text: str) -> tuple[str, ...]:
 def _check_arguments(name: str, arguments: tuple[str, ...], text: str) -> None:
     used = set(_ARGUMENT_USED.findall(re.sub("--.*", "", text)))
     if wrong := sorted(used.symmetric_difference(arguments)):
-        raise LinkError(f"{name}.lua: {wrong[0]} is {'used and not' if wrong[0] in used else 'not used and'} in its ARGV list")
+        raise LinkError(
+            f"{name}.lua: {wrong[0]} is {'used and not' if wrong[0] in used else 'not used and'} in its ARGV list"
+        )
 
 
 def _needed(script: str, text: str, parts: Mapping[str, str]) -> list[str]:
@@ -120,7 +127,7 @@ def _needed(script: str, text: str, parts: Mapping[str, str]) -> list[str]:
 def free_names(text: str) -> set[str]:
     """The names that a Lua text uses and neither declares nor has from Lua: as if it were one scope, which all are."""
     tokens = [token for token in _TOKEN.findall(text) if not token.startswith(("--", "#!"))]
-    declared, used = set(_KEYWORDS | _BUILTINS), set()
+    declared, used = {*_KEYWORDS, *_BUILTINS}, set()
     for i, token in enumerate(tokens):
         before, after = tokens[i - 1] if i else "", tokens[i + 1] if i + 1 < len(tokens) else ""
         if token in ("local", "for", "function"):

@@ -14,8 +14,8 @@ from gateway.settings import Settings
 from persistence.errors import Damaged, PostgresUnavailable
 from persistence.model.agents import TurnPolicy
 from persistence.model.session import Access
-from persistence.redis.outcomes import Absent, Begun, Hot, Replay
 from persistence.redis.linking import link_scripts
+from persistence.redis.outcomes import Absent, Begun, Hot, Replay
 from tests.conftest import PutAgent
 from tests.support.serving import served
 from tests.support.stored import AGENT_ID, POLICY, VISITOR, Rows, another, evict, fields_of, open_session, read, say, ttl_of

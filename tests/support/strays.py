@@ -18,7 +18,15 @@ def question(keys: Keys, session_id: str) -> list[str | int]:
     """What `read` sends about a session."""
     head = keys.head(session_id)
     names = [keys.session(session_id), f"{head}fence", f"{head}ticket:{session_id}"]
-    given = {"agent_id": "", "website_domain": "", "authorized": "1", "user_id": "", "trusted": "", "count": "10", "ticket_ms": "1000"}
+    given = {
+        "agent_id": "",
+        "website_domain": "",
+        "authorized": "1",
+        "user_id": "",
+        "trusted": "",
+        "count": "10",
+        "ticket_ms": "1000",
+    }
     text, order = link_scripts()["read"]
     return ["EVAL", text, 3, *names, session_id, "old", *(given[name] for name in order)]
 

@@ -23,8 +23,8 @@ from persistence.model.agents import Agent, AgentDefinition, TurnPolicy
 from persistence.model.session import Access
 from persistence.model.times import iso
 from persistence.postgres.postgres import SessionFilter
-from persistence.redis.outcomes import Begun
 from persistence.redis.linking import link_scripts
+from persistence.redis.outcomes import Begun
 from persistence.redis.shared_limits import DayTold, Limits, RateTold, RunningTold, Told
 from persistence.worker import Worker
 from tests.conftest import TABLES
