@@ -5,7 +5,9 @@ gets a default: a hash, a record, a dead letter or a row that was written before
 a default, a field that is missing is damage. A record of the older version says nothing of the field, so Postgres has the
 default until the newer version writes the session's next record.
 
-To add one: a row here, a member of `Session` with the same default, and a migration that adds the column to
+Beside these fields a hash has its hot turns, `t:<n>`, and `dead` if the session has dead letters.
+
+To add a field: a row here, a member of `Session` with the same default, and a migration that adds the column to
 `agent_sessions` and, under the field's name, to the view `session_headers`.
 """
 
@@ -40,13 +42,15 @@ class Column(msgspec.Struct, frozen=True):
 
 
 class Field(msgspec.Struct, frozen=True):
-    """A field of the session hash. `default` is its stored text where it is missing, None when that is damage.
+    """A field of the session hash, and what it says of the session.
 
-    `initial` is its stored text in a new session, unless `lua/open` is told another; without it, the default.
+    `default` is its stored text where it is missing, None when that is damage. `initial` is its stored text in a new session
+    unless the script that creates it has another; without it, the default.
     """
 
     name: str
     kind: Kind
+    meaning: str
     columns: tuple[Column, ...] = ()
     default: str | None = None
     initial: str | None = None
@@ -119,47 +123,76 @@ def _external_user(user_id: str) -> str | None:
 
 
 HEADER = (
-    Field("id", UUID, (Column("id", "uuid"),)),
-    Field("session_id", TEXT, (Column("session_id", "text"),)),
-    Field("agent_id", optional(UUID), (Column("agent_id", "uuid"),)),
-    Field("channel", choice("text", "voice", "phone", ""), (Column("channel", "text"),)),
+    Field("id", UUID, "its UUID, and the key of its row in Postgres", (Column("id", "uuid"),)),
+    Field("session_id", TEXT, "the id that its visitor knows", (Column("session_id", "text"),)),
     Field(
-        "status", choice("active", "ended", "timeout", "erased"), (Column("status", "text", changes=True),), initial="active"
+        "agent_id", optional(UUID), "its agent; empty in a damaged session that was erased", (Column("agent_id", "uuid"),)
+    ),
+    Field(
+        "channel",
+        choice("text", "voice", "phone", ""),
+        "how its visitor talks; empty in a damaged session that was erased",
+        (Column("channel", "text"),),
+    ),
+    Field(
+        "status",
+        choice("active", "ended", "timeout", "erased"),
+        "erased: until Postgres has erased it too",
+        (Column("status", "text", changes=True),),
+        initial="active",
     ),
     Field(
         "user_id",
         TEXT,
+        "the verified user whose session it is; empty: anonymous",
         (
             Column("user_id", "uuid", changes=True, pick=_user_uuid),
             Column("external_user_id", "text", changes=True, pick=_external_user),
         ),
     ),
-    Field("website_domain", TEXT, (Column("website_domain", "text", null=""),)),
-    Field("ip_address", TEXT, (Column("ip_address", "text", null=""),)),
-    Field("user_agent", TEXT, (Column("user_agent", "text", null=""),)),
-    Field("started_at", MOMENT, (Column("started_at", "timestamptz"),)),
-    Field("last_activity_at", MOMENT, (Column("last_activity_at", "timestamptz", changes=True),)),
-    Field("ended_at", optional(MOMENT), (Column("ended_at", "timestamptz", changes=True, null=""),), initial=""),
+    Field("website_domain", TEXT, "the website it is bound to", (Column("website_domain", "text", null=""),)),
+    Field("ip_address", TEXT, "its visitor's address", (Column("ip_address", "text", null=""),)),
+    Field("user_agent", TEXT, "its visitor's browser", (Column("user_agent", "text", null=""),)),
+    Field("started_at", MOMENT, "when it was created", (Column("started_at", "timestamptz"),)),
+    Field(
+        "last_activity_at",
+        MOMENT,
+        "when its last turn's last message was created",
+        (Column("last_activity_at", "timestamptz", changes=True),),
+    ),
+    Field(
+        "ended_at",
+        optional(MOMENT),
+        "when it ended or timed out; empty until then",
+        (Column("ended_at", "timestamptz", changes=True, null=""),),
+        initial="",
+    ),
     # Postgres counts the messages that it has: flush.sql.
-    Field("message_count", WHOLE, initial="0"),
-    Field("context", OBJECT, (Column("context_data", "jsonb", changes=True),), initial="{}"),
-    Field("metadata", OBJECT, (Column("metadata", "jsonb"),)),
-    Field("minted", FLAG, (Column("minted", "bool"),)),
-    Field("turns", WHOLE, (Column("turns", "int", changes=True),), initial="0"),
-    Field("revision", WHOLE, (Column("revision", "bigint", changes=True),), initial="0"),
+    Field("message_count", WHOLE, "messages so far", initial="0"),
+    Field("context", OBJECT, "what its graph stores", (Column("context_data", "jsonb", changes=True),), initial="{}"),
+    Field("metadata", OBJECT, "what its first request said about it", (Column("metadata", "jsonb"),)),
+    Field("minted", FLAG, "1: the gateway made the session id, and its token is needed", (Column("minted", "bool"),)),
+    Field("turns", WHOLE, "the number of the last turn", (Column("turns", "int", changes=True),), initial="0"),
+    Field(
+        "revision",
+        WHOLE,
+        "the number of the last record about it: the newest record wins",
+        (Column("revision", "bigint", changes=True),),
+        initial="0",
+    ),
 )
 
 STATE = (
-    Field("first_hot", WHOLE, initial="1"),
-    Field("flushed", WHOLE, initial="0"),
-    Field("unflushed", TEXT, initial=""),
-    Field("hot_ttl_s", WHOLE),
-    Field("turn", TEXT, initial=""),
-    Field("turn_fence", TEXT, initial=""),
-    Field("turn_lease_until", TEXT, initial=""),
-    Field("turn_message_id", TEXT, initial=""),
-    Field("waiting", TEXT, initial=""),
-    Field("rate_tat_ms", TEXT, initial=""),
+    Field("first_hot", WHOLE, "the number of the oldest turn in Redis", initial="1"),
+    Field("flushed", WHOLE, "the number of the last turn up to which Postgres has all", initial="0"),
+    Field("unflushed", TEXT, "the records that Postgres lacks, as `fact@entry`, separated by spaces", initial=""),
+    Field("hot_ttl_s", WHOLE, "how long it stays in Redis when idle"),
+    Field("turn", TEXT, "the id of the running turn; empty when idle, like the next three", initial=""),
+    Field("turn_fence", TEXT, "the running turn's fence", initial=""),
+    Field("turn_lease_until", TEXT, "the end of the running turn's lease", initial=""),
+    Field("turn_message_id", TEXT, "the running turn's message_id and digest, separated by a space", initial=""),
+    Field("waiting", TEXT, "the waiting turns in their order, as `turn_id@dropped_at_ms`, separated by spaces", initial=""),
+    Field("rate_tat_ms", TEXT, "up to when its rate limit is charged", initial=""),
 )
 
 SESSION_FIELDS = SessionFields(HEADER, STATE, Session)

@@ -47,13 +47,13 @@ class Added(Session, kw_only=True):
 
 
 ADDED_FIELDS = (
-    Field("colour", TEXT, (Column("colour", "text", changes=True),), default="blue"),
-    Field("visits", WHOLE, (Column("visits", "int", changes=True),), default="0"),
-    Field("tags", OBJECT, (Column("tags", "jsonb", changes=True),), default="{}"),
-    Field("vip", FLAG, (Column("vip", "bool", changes=True),), default="0"),
-    Field("seen_at", optional(MOMENT), (Column("seen_at", "timestamptz", changes=True, null=""),), default=""),
+    Field("colour", TEXT, "a test", (Column("colour", "text", changes=True),), default="blue"),
+    Field("visits", WHOLE, "a test", (Column("visits", "int", changes=True),), default="0"),
+    Field("tags", OBJECT, "a test", (Column("tags", "jsonb", changes=True),), default="{}"),
+    Field("vip", FLAG, "a test", (Column("vip", "bool", changes=True),), default="0"),
+    Field("seen_at", optional(MOMENT), "a test", (Column("seen_at", "timestamptz", changes=True, null=""),), default=""),
 )
-MOOD = Field("mood", TEXT, default="calm")
+MOOD = Field("mood", TEXT, "a test", default="calm")
 NEW = SessionFields((*HEADER, *ADDED_FIELDS), (*STATE, MOOD), Added)
 
 MIGRATION = """
@@ -77,8 +77,8 @@ class Strict(Session, kw_only=True):
     colour: str
 
 
-WITHOUT_DEFAULT = SessionFields((*HEADER, Field("colour", TEXT, (Column("colour", "text"),))), STATE, Strict)
-STRICT_STATE = SessionFields(HEADER, (*STATE, Field("mood", TEXT)), Session)
+WITHOUT_DEFAULT = SessionFields((*HEADER, Field("colour", TEXT, "a test", (Column("colour", "text"),))), STATE, Strict)
+STRICT_STATE = SessionFields(HEADER, (*STATE, Field("mood", TEXT, "a test")), Session)
 
 
 def added(session: Session) -> tuple[Any, ...]:
