@@ -1,7 +1,7 @@
-"""Postgres: what is kept for good. Written by the worker and the admin API, read when a session is not in Redis.
+"""Postgres: the durable store. Written by the worker and the admin API, read when a session is not in Redis.
 
-Works behind PgBouncer in transaction mode: no prepared statement, lock or setting outlives its transaction, and every
-statement runs inside one."""
+Works behind PgBouncer in transaction mode: every statement runs inside a transaction, and no prepared statement, lock or
+setting outlives one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -30,19 +30,19 @@ REFUSED = (
     ValueError,
     OverflowError,
 )
-"""The data's own fault. Everything else (the connection, the server's state, a schema of another version) can pass, and
-must never put a good record among the dead letters."""
+"""Errors of the data itself. Any other (of the connection, the server's state, another version's schema) is temporary, and
+must never make a dead letter of a good record."""
 
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What is not the data's fault. A time-out is an OSError."""
+"""Errors that are not the data's. TimeoutError is an OSError."""
 
 TELLING = frozenset(("08", "28", "3D", "42", "53", "55", "57"))
-"""Classes of errors whose text names connections, roles, databases, tables and limits, and no values (PostgreSQL, appendix
-A). Any other may quote a row."""
+"""SQLSTATE classes whose messages name connections, roles, databases, tables and limits, but no values (PostgreSQL,
+appendix A). Messages of other classes may quote a row."""
 
 
 def _reason(error: Exception) -> str:
-    """An error in words that can be logged: nothing of a row, and nothing of the URL."""
+    """An error in words that can be logged, without values of a row or parts of the URL."""
     kind = type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         state = str(error.sqlstate or "")
@@ -53,7 +53,7 @@ def _reason(error: Exception) -> str:
 
 
 class SessionFilter(msgspec.Struct, frozen=True):
-    """Which sessions a list is about; None is any."""
+    """Restricts a list of sessions; None matches any."""
 
     agent_id: str | None = None
     status: str | None = None
@@ -108,8 +108,8 @@ class Postgres:
 
     @asynccontextmanager
     async def _connection(self, timeout_s: float) -> AsyncIterator[Connection]:
-        """A connection for a time. When the time is over it is cut off: a server that hangs would not even hear of a
-        rollback, and asyncpg waits for that without a limit. Raises PostgresUnavailable when there is none to be had."""
+        """A connection for `timeout_s`, which is then terminated: asyncpg would wait without limit for a server that hangs
+        to roll back. Raises PostgresUnavailable when none can be had."""
         async with asyncio.timeout(timeout_s) as limit:
             try:
                 pool = await self._open()
@@ -161,7 +161,7 @@ class Postgres:
             return [stored_message_of(row) for row in reversed(rows)]
 
     async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[Session]:
-        """Sessions by last activity, newest first, from behind `after` (last_activity_at, session_id)."""
+        """Sessions by last activity, newest first, after the position `after` (last_activity_at, session_id)."""
         async with self.transaction() as transaction:
             rows = await transaction.fetch(
                 "list_sessions",
@@ -176,13 +176,13 @@ class Postgres:
             return [session_of(row, self._fields) for row in rows]
 
     async def totals(self, agent_id: str | None, left_out: Sequence[str]) -> Totals:
-        """Totals over an agent's sessions (None: all), but for those left out."""
+        """Totals over an agent's sessions (None: all), without those with the session ids `left_out`."""
         async with self.transaction(5) as transaction:
             row = (await transaction.fetch("session_stats", UUID(agent_id) if agent_id else None, list(left_out)))[0]
             return Totals(row["total_sessions"], row["active_sessions"], row["messages"])
 
     async def put_agent(self, agent: Agent) -> None:
-        """Creates the agent or replaces it. Raises DataRefused when its name is another one's."""
+        """Creates or replaces the agent. Raises DataRefused when another agent has its name."""
         async with self.transaction() as transaction:
             definition = msgspec.json.encode(agent.definition).decode()
             await transaction.fetch("put_agent", UUID(agent.id), agent.name, definition)
@@ -252,5 +252,4 @@ class Transaction:
 
 
 async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
-    """In place of the statements that asyncpg runs each time a connection goes back to the pool: nothing outlives its
-    transaction."""
+    """Replaces the statements that asyncpg runs when a connection returns to the pool: no state outlives a transaction."""

@@ -116,7 +116,7 @@ def stored_message_of(row: asyncpg.Record) -> StoredMessage:
 
 
 def turns_of(rows: Sequence[asyncpg.Record], first: int, session: Session) -> list[Turn]:
-    """The turns that the rows belong to. Raises Damaged when one is missing: what Redis hydrates has no holes."""
+    """The turns of a session from `first` on, from their messages. Raises Damaged when a turn or a message is missing."""
     by_number: dict[int, list[asyncpg.Record]] = {}
     for row in rows:
         by_number.setdefault(row["turn"], []).append(row)

@@ -66,15 +66,17 @@ def link(scripts: Mapping[str, str], library: Mapping[str, str], tables: Mapping
     for name, text in library.items():
         if not re.search(rf"^local (function )?{name}\b", text, re.MULTILINE):
             raise LinkError(f"lib/{name}.lua does not define {name}")
+    parts = {**library, **tables}
+    uses = {"args": set[str](), **{name: free_names(text) for name, text in parts.items()}}
     linked, used = {}, set()
     for name, text in scripts.items():
         arguments = _arguments(name, text)
         bound = ", ".join(f"{argument} = ARGV[{number}]" for number, argument in enumerate(arguments, 1))
-        parts = {**library, **tables, "args": f"local args = {{{bound}}}\n"}
-        needed = _needed(name, text, parts)
+        needed = _needed(name, free_names(text), uses)
         used.update(needed)
         first, rest = text.split("\n", 1)
-        linked[name] = Script("\n".join([first, *(parts[one] for one in needed), rest]), arguments[2:])
+        own = {**parts, "args": f"local args = {{{bound}}}\n"}
+        linked[name] = Script("\n".join([first, *(own[one] for one in needed), rest]), arguments[2:])
         _check_arguments(name, arguments, linked[name].text)
     if unused := sorted(library.keys() - used):
         raise LinkError(f"no script uses lib/{unused[0]}.lua")
@@ -106,26 +108,26 @@ def _check_arguments(name: str, arguments: tuple[str, ...], text: str) -> None:
         )
 
 
-def _needed(script: str, text: str, parts: Mapping[str, str]) -> list[str]:
-    """The parts that a script uses, each behind those that it uses itself."""
+def _needed(script: str, names: set[str], uses: Mapping[str, set[str]]) -> list[str]:
+    """The parts that a script with these free names uses, each behind those that it uses itself."""
     needed: list[str] = []
 
-    def visit(where: str, text: str, above: tuple[str, ...]) -> None:
-        for name in sorted(free_names(text)):
-            if name not in parts:
+    def visit(where: str, names: set[str], above: tuple[str, ...]) -> None:
+        for name in sorted(names):
+            if name not in uses:
                 raise LinkError(f"{where}.lua of {script}.lua uses {name}, which nothing defines")
             if name in above:
                 raise LinkError(f"lib/{name}.lua uses itself, by way of {' and '.join(above)}")
             if name not in needed:
-                visit(name, parts[name], (*above, name))
+                visit(name, uses[name], (*above, name))
                 needed.append(name)
 
-    visit(script, text, ())
+    visit(script, names, ())
     return needed
 
 
 def free_names(text: str) -> set[str]:
-    """The names that a Lua text uses and neither declares nor has from Lua: as if it were one scope, which all are."""
+    """The names that a Lua text uses and neither declares nor has from Lua. Its scopes count as one."""
     tokens = [token for token in _TOKEN.findall(text) if not token.startswith(("--", "#!"))]
     declared, used = {*_KEYWORDS, *_BUILTINS}, set()
     for i, token in enumerate(tokens):
