@@ -14,6 +14,7 @@ import structlog
 from persistence.errors import Damaged, DataRefused, NewerFormat, PersistenceError, PostgresUnavailable, RedisUnavailable
 from persistence.housekeeping import Housekeeping
 from persistence.model.codec import decode_record
+from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.model.session import Record
 from persistence.postgres.postgres import Postgres
 from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox, Taken
@@ -39,7 +40,16 @@ DRAIN_BACKOFF = Backoff(0.2, 0.2)
 class Worker:
     """One worker; it does a round of housekeeping every `housekeep_s` seconds."""
 
-    def __init__(self, outbox: Outbox, postgres: Postgres, housekeeping: Housekeeping, *, housekeep_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        postgres: Postgres,
+        housekeeping: Housekeeping,
+        *,
+        housekeep_s: float = 1.0,
+        fields: SessionFields = SESSION_FIELDS,
+    ) -> None:
+        self._fields = fields
         self._outbox = outbox
         self._postgres = postgres
         self._housekeeping = housekeeping
@@ -146,7 +156,7 @@ class Worker:
         newer: list[bytes] = []
         for entry, fields in taken.entries:
             try:
-                records.append(decode_record(entry, fields))
+                records.append(decode_record(entry, fields, self._fields))
             except NewerFormat:
                 newer.append(entry)
             except Damaged as error:

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from gateway.problems import BodyTooLarge, BodyTooSlow, InvalidField, InvalidJson, UnsupportedMediaType, invalid_field
 from gateway.streams.events import Cursor
+from persistence.model.storable import MAX_DEPTH, TOO_DEEP, find_unstorable
 
 Body = TypeVar("Body")
 
@@ -20,13 +21,9 @@ _encoder = msgspec.json.Encoder()
 
 JSON, MERGE_PATCH = "application/json", "application/merge-patch+json"
 
-MAX_DEPTH = 64
-"""Levels of JSON that are stored: a config, a context."""
 MAX_METADATA_DEPTH = 16
 
 _CHARSET = re.compile(r"charset\s*=\s*\"?([^\s\";]*)", re.IGNORECASE)
-
-_NUL, _TOO_DEEP = "NUL characters cannot be stored", "nested too deeply"
 
 
 class BodyBounds(msgspec.Struct, frozen=True):
@@ -190,36 +187,11 @@ def check_metadata(metadata: dict[str, Any], bounds: BodyBounds) -> None:
 
 
 def check_text(value: Any, field: str, max_depth: int = MAX_DEPTH) -> None:
-    """Raises InvalidField for text with NUL characters, which Postgres cannot store, and for JSON nested too deeply."""
-    found = _unstorable(value, max_depth)
+    """Raises InvalidField for a text or JSON value that cannot be stored."""
+    found = find_unstorable(value, max_depth)
     if found is None:
         return
-    path, why = found
-    if why is _TOO_DEEP:
+    if found.reason is TOO_DEEP:
         raise InvalidField(f"{field}: nested more than {max_depth} levels deep", field=field)
-    # Joined once: joined while walking, a long name would be copied for each value below it.
-    where = ".".join([field, *reversed(path)])
-    raise InvalidField(f"{where}: {why}", field=where)
-
-
-def _unstorable(value: Any, levels: int) -> tuple[list[str], str] | None:
-    """The path of the first value that cannot be stored, innermost part first, and the reason."""
-    if levels < 0:
-        return [], _TOO_DEEP
-    match value:
-        case str():
-            return ([], _NUL) if "\0" in value else None
-        case dict():
-            if any("\0" in name for name in value):
-                return [], _NUL
-            items: Any = value.items()
-        case list() | tuple():
-            items = enumerate(value)
-        case _:
-            return None
-    for name, item in items:
-        found = _unstorable(item, levels - 1)
-        if found is not None:
-            found[0].append(str(name))
-            return found
-    return None
+    where = ".".join([field, *found.path])
+    raise InvalidField(f"{where}: {found.reason} cannot be stored", field=where)

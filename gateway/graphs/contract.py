@@ -7,13 +7,13 @@ import msgspec
 
 from gateway.streams.events import Event
 from persistence.model.agents import Agent
-from persistence.model.session import ChatMessage
+from persistence.model.session import Message
 
 
 class GraphInput(msgspec.Struct):
     """What a graph is given: the history, oldest first, and the new message with its UUID."""
 
-    history: Sequence[ChatMessage]
+    history: Sequence[Message]
     user_input: str
     message_uuid: str
     context: dict[str, Any]

@@ -1,23 +1,21 @@
 #!lua flags=allow-oom
 -- Appends events to the log of a running turn. Only the holder of the fence may. Appending the same events again adds
--- nothing, and what a Redis that lost its last writes lacks is asked for again.
+-- nothing; if Redis has lost its last writes, the reply asks for them again.
 --
 -- KEYS 1 session hash, 2 logs hash, 3 events stream
--- ARGV session_id, nonce, turn_id, fence, after (number of the last event that is thought to be stored),
---      events (JSON array), first and last (numbers of the first and the last of them), keep_from (number of the oldest
---      event that may stay), log_ttl_ms, channel
--- replies (each followed by session_id and nonce)
+-- ARGV session_id, nonce, turn_id, fence, after (number of the last event known to be stored),
+--      events (JSON array), first, last (numbers of the first and the last of them), keep_from (number of the oldest event
+--      that may stay), log_ttl_ms, channel
+-- replies (session_id and nonce follow the word)
 --   appended
 --   gap       number of the last event stored: append from there
---   lost      the turn does not hold the session any more
+--   lost      the turn no longer holds the session
 local session_key, logs_key, events_key = KEYS[1], KEYS[2], KEYS[3]
-local args = named(ARGV)
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 local held = redis.call('HMGET', session_key, 'turn', 'turn_fence')
 if held[1] ~= args.turn_id or held[2] ~= args.fence then return reply('lost') end
 local tail = log_tail(events_key)
 if tail >= tonumber(args.last) then return reply('appended') end
 if tail ~= tonumber(args.after) then return reply('gap', tail) end
-append_log(logs_key, events_key, args)
+append_log(logs_key, events_key)
 return reply('appended')

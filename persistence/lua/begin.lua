@@ -3,19 +3,18 @@
 -- the same turn_id begins nothing twice.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
--- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0),
---      user_id ('' none), trusted (1 | 0), message_id ('' none), digest (of the message),
---      lease_ms, hot_ttl_s,
+-- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0), user_id ('' none),
+--      trusted (1 | 0), message_id ('' none), digest (of the message), lease_ms, hot_ttl_s,
 --      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
---      rate_messages (0: no limit) per rate_ms, rate_shadow (1: the limit refuses nothing), max_backlog and
---      max_backlog_bytes (of the outbox), ticket_ms, channel
--- replies (each followed by session_id and nonce)
---   begun      fence, now_ms, ms that the rate limit is charged beyond now: more than rate_ms when it would have refused the
---              turn. What the session holds is read behind this script: through Lua it takes Redis ten times as long. It may
---              be damaged in what only its reader looks at, who then gives the turn up (sessions.py)
+--      rate_messages (per rate_ms, 0: no limit), rate_ms, rate_shadow (1: the limit refuses nothing),
+--      max_backlog (records on the outbox), max_backlog_bytes, ticket_ms, channel
+-- replies (session_id and nonce follow the word)
+--   begun      fence, now_ms, ms that the rate limit is charged beyond now (more than rate_ms if it would have refused the
+--              turn). The caller reads the hash behind this script, in the same round trip: through Lua it takes Redis ten
+--              times as long. The reader gives the turn up if it finds damage in fields that are not checked here
 --   absent     ticket: hydrate or open under it, then begin again
 --   replay     turn number, header, the turn's JSON: message_id was answered before
---   busy       lease_left_ms, 1 when it is this message_id that runs, id of the turn that runs
+--   busy       lease_left_ms, 1 if the running turn answers this message_id, id of the running turn
 --   queued     position from 1: ask again
 --   reused     this message_id is being answered for another message
 --   queue_full | ended | erased | foreign | unauthorized | backlog_full
@@ -23,31 +22,16 @@
 --   damaged    field
 local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local args = {
-  session_id = ARGV[1], nonce = ARGV[2], turn_id = ARGV[3], agent_id = ARGV[4], website_domain = ARGV[5],
-  authorized = ARGV[6], user_id = ARGV[7], trusted = ARGV[8], message_id = ARGV[9], digest = ARGV[10],
-  lease_ms = ARGV[11], hot_ttl_s = ARGV[12], if_busy = ARGV[13], max_waiting = ARGV[14], waiter_ms = ARGV[15],
-  rate_messages = ARGV[16], rate_ms = ARGV[17], rate_shadow = ARGV[18], max_backlog = ARGV[19],
-  max_backlog_bytes = ARGV[20], ticket_ms = ARGV[21], channel = ARGV[22],
-}
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
-local values = redis.call('HMGET', session_key, 'format', 'session_id', 'agent_id', 'website_domain', 'user_id', 'minted',
-  'status', 'turns', 'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting',
-  'rate_tat_ms')
-if not values[1] and redis.call('EXISTS', session_key) == 0 then return absent(fence_key, ticket_key, args) end
-local session = {
-  key = session_key, format = values[1], session_id = values[2], agent_id = values[3], website_domain = values[4],
-  user_id = values[5], minted = values[6], status = values[7], turns = values[8], first_hot = values[9],
-  hot_ttl_s = values[10], turn = values[11], turn_fence = values[12], turn_lease_until = values[13],
-  turn_message_id = values[14], waiting = values[15], rate_tat_ms = values[16],
-}
-local broken = confusion(session)
+local session = pick(session_key, {'format', 'session_id', 'agent_id', 'website_domain', 'user_id', 'minted', 'status', 'turns',
+  'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting', 'rate_tat_ms'})
+if not session.format and redis.call('EXISTS', session_key) == 0 then return absent(fence_key, ticket_key) end
+local broken = misplaced(session)
 for _, name in ipairs({'agent_id', 'website_domain', 'user_id', 'status', 'turn_message_id', 'waiting'}) do
   broken = broken or not session[name] and name
 end
 if broken then return reply('damaged', broken) end
-local refused = refusal(session, args)
+local refused = refusal(session)
 if refused then return reply(refused) end
 
 local now = now_ms()
@@ -92,7 +76,7 @@ if busy and message ~= '' and string.match(session.turn_message_id, '^%S*') == a
   return reply('busy', lease_until - now, 1, session.turn)
 end
 -- A new turn is refused before it interrupts another or waits for it in vain.
-if backlog_full(outbox_key, bytes_key, args) then return reply('backlog_full') end
+if backlog_full(outbox_key, bytes_key) then return reply('backlog_full') end
 -- Who interrupts is told whom: cancelling that turn comes first, and its log ends with it.
 if busy and args.if_busy == 'interrupt' then return reply('busy', lease_until - now, 0, session.turn) end
 if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) then
@@ -124,14 +108,14 @@ if session.user_id == '' and args.user_id ~= '' then
   local all = load(session_key)
   broken = damage(all)
   if broken then return reply('damaged', broken) end
-  adopt(session_key, outbox_key, bytes_key, all, args)
+  adopt(session_key, outbox_key, bytes_key, all)
 end
 local fence = redis.call('INCR', fence_key)
 local changes = {
   'turn', args.turn_id, 'turn_fence', fence, 'turn_lease_until', iso(now + args.lease_ms), 'turn_message_id', message,
   'rate_tat_ms', rate_tat_ms,
 }
--- These change seldom: each field written costs Redis, and its append-only file, something.
+-- These seldom change, and each field written costs Redis and its append-only file.
 for name, value in pairs({waiting = table.concat(waiting, ' '), hot_ttl_s = args.hot_ttl_s}) do
   if session[name] ~= value then
     changes[#changes + 1] = name

@@ -1,15 +1,13 @@
 #!lua flags=allow-oom
--- Moves a record that Postgres refuses to the dead stream, with the reason. The session keeps it among its unflushed
--- facts, so it never gets a TTL and stays in Redis. Moving the same record again changes nothing.
+-- Moves a record that Postgres refuses to the dead stream, with the reason. The session keeps the record in `unflushed`, so
+-- it never gets a TTL and stays in Redis. Moving the same record again changes nothing.
 --
 -- KEYS 1 outbox stream, 2 outbox bytes string, 3 dead stream, 4 session hash
 -- ARGV session_id, nonce, group, entry, fact, reason
--- replies (each followed by session_id and nonce)
+-- replies (session_id and nonce follow the word)
 --   moved  id on the dead stream
 --   gone
 local outbox_key, bytes_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local args = named(ARGV)
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 local found = redis.call('XRANGE', outbox_key, args.entry, args.entry)
 if #found == 0 then return reply('gone') end

@@ -1,23 +1,21 @@
 #!lua flags=allow-oom
--- Ends a session for good. A turn that runs on it loses its lease and will not be committed. Repeating it is harmless.
+-- Ends a session for good. A running turn loses its lease and will not be committed. Repeating it changes nothing.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
 --      user_id ('' none), trusted (1 | 0), ticket_ms, channel
--- replies (each followed by session_id and nonce)
+-- replies (session_id and nonce follow the word)
 --   ended   header
 --   absent  ticket
 --   erased | foreign | unauthorized
 --   damaged field
 local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
-local args = named(ARGV)
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key, args) end
-local barred = bar(session, args)
-if barred then return barred end
+if not session then return absent(fence_key, ticket_key) end
+local barrier = barred(session)
+if barrier then return barrier end
 if session.status ~= 'ended' then
   store(session_key, session, {status = 'ended', ended_at = iso(now_ms()), waiting = ''})
   release(session_key, running_key, session)

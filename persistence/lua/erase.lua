@@ -1,29 +1,27 @@
 #!lua flags=allow-oom
--- Erases a session: its hash, its records still in the outbox, its dead letters. What stays until Postgres has erased it
--- too is a hash without content and with the status `erased`, so that nobody finds the old rows in the meantime.
+-- Erases a session: its hash, its records on the outbox, its dead letters, its turn logs. A tombstone (a hash without content,
+-- with the status `erased`) stays until Postgres has erased its rows, so that nobody finds them in the meantime.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 live zset, 6 running zset, 7 dead stream,
---      8 ticket string, 9 logs hash, 10 ... events streams of the turns named by args.logged
+--      8 ticket string, 9 logs hash, 10 ... events streams of the turns in `logged`
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
 --      user_id ('' none), trusted (1 | 0), group, ticket_ms, channel,
---      logged (ids of the turns that have a log, separated by a space, as far as the caller knows),
---      idle_ms ('' : whatever it does; else only if nothing happened on it for so long)
--- replies (each followed by session_id and nonce)
---   erased  id (uuid), also when it was erased before, but for one that was to be idle
---   kept    it is not idle, or has been erased already
---   logs    what `logged` should be: call again with it and its keys
+--      logged (ids of the turns with a log that the caller knows of, separated by a space),
+--      idle_ms ('' : in any case, else only without activity for that long)
+-- replies (session_id and nonce follow the word)
+--   erased  id (uuid), also if it was erased before and idle_ms is ''
+--   kept    it is not idle, or was erased before
+--   logs    the right value of `logged`: call again with it and its keys
 --   absent  ticket
 --   foreign | unauthorized
 local session_key, outbox_key, bytes_key, fence_key, live_key, running_key, dead_key, ticket_key, logs_key =
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7], KEYS[8], KEYS[9]
 local events_keys = {}
 for i = 10, #KEYS do events_keys[i - 9] = KEYS[i] end
-local args = named(ARGV)
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key, args) end
-local refused = refusal(session, args)
+if not session then return absent(fence_key, ticket_key) end
+local refused = refusal(session)
 if refused == 'erased' then
   if args.idle_ms ~= '' then return reply('kept') end
   return reply('erased', session.id)
@@ -50,26 +48,23 @@ for entry in string.gmatch(redis.call('HGET', session_key, 'dead') or '', '@(%S+
   redis.call('XDEL', dead_key, entry)
 end
 local revision = whole(session.revision) or 0
--- What is damaged is not handed on: the record has to be readable.
+-- The record has to be readable: damaged fields are left out of it.
 local agent_id = string.match(session.agent_id or '', '^[%x%-]*$') or ''
 local website_domain = string.match(session.website_domain or '', '^[%w%.%-:_]*$') or ''
 local minted = session.minted == '1' and '1' or '0'
--- Whose it was is erased too; that it was somebody's stays, so that to nobody else it looks different from none.
+-- The user is erased too, but the tombstone stays a user's: strangers get the same answer as before.
 local user_id = (session.user_id or '') ~= '' and 'erased' or ''
 redis.call('DEL', session_key, ticket_key)
 redis.call('ZREM', live_key, args.session_id)
 redis.call('HDEL', logs_key, args.session_id)
 redis.call('ZREM', running_key, args.session_id)
 local now, tombstone = iso(now_ms()), {}
-store(session_key, tombstone, {
-  format = '1', id = session.id, session_id = args.session_id, agent_id = agent_id, channel = '',
-  status = 'erased', user_id = user_id, website_domain = website_domain, ip_address = '', user_agent = '',
-  started_at = now, last_activity_at = now, ended_at = now, message_count = 0, context = '{}', metadata = '{}',
-  minted = minted, turns = 0, revision = revision, first_hot = 1, flushed = 0, unflushed = '',
-  hot_ttl_s = 1, turn = '', turn_fence = '', turn_lease_until = '', turn_message_id = '', waiting = '',
-  rate_tat_ms = '',
-})
+store(session_key, tombstone, new_session({
+  id = session.id, session_id = args.session_id, agent_id = agent_id, channel = '', status = 'erased', user_id = user_id,
+  website_domain = website_domain, ip_address = '', user_agent = '', started_at = now, last_activity_at = now,
+  ended_at = now, metadata = '{}', minted = minted, revision = revision, hot_ttl_s = 1,
+}))
 emit(session_key, outbox_key, bytes_key, tombstone, 'erased')
--- Who follows a turn, or the session, learns that it is gone.
+-- Followers of a turn or the session learn that it is gone.
 redis.call('PUBLISH', args.channel, '')
 return reply('erased', session.id)

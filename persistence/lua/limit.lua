@@ -1,19 +1,20 @@
 #!lua
--- Tells the limits that all pods share what one pod has let through, any number of them at once, and what all have.
--- Rates: generic cell rate algorithm (ITU-T I.371), one timestamp a bucket that expires by itself.
+-- Syncs one pod's counts with the limits that all pods share, any number of them at once.
+-- Rates: generic cell rate algorithm (ITU-T I.371), one timestamp per bucket, which expires by itself.
 --
 -- KEYS any number of limits: 1 ... string (rate, day) or hash (running)
--- ARGV session_id ('': no session's), nonce, and under the number of each key one of
---        rate <cost> <interval_ms>         turns (given back when negative), and the time that one costs
---        day <cost>                        turns of this UTC day (given back when negative)
---        running <pod> <count> <life_ms>   turns that run on this pod now, which counts for so long
--- replies told, session_id, nonce, then for each key
---   rate     ms that the bucket is charged beyond now
---   day      turns of all pods, ms until midnight
---   running  turns of the other pods, 0
+-- ARGV session_id ('' : no session), nonce, ... (for each key one of the following
+--        rate <cost> <interval_ms>         turns, negative for a refund, and the time that one costs
+--        day <cost>                        turns of this UTC day, negative for a refund
+--        running <pod> <count> <life_ms>   turns that run on this pod, and how long that counts)
+-- replies (session_id and nonce follow the word)
+--   synced   for each key
+--              rate     {ms that the bucket is charged beyond now, 0}
+--              day      {turns of all pods, ms until midnight}
+--              running  {turns of the other pods, 0}
 local limit_keys = {}
 for i = 1, #KEYS do limit_keys[i] = KEYS[i] end
-local args = named(ARGV)
+local counts = {unpack(ARGV, 3)}
 local now = now_ms()
 
 local function rate(limit_key, cost, interval_ms)
@@ -57,16 +58,16 @@ local function running(limit_key, pod, count, life_ms)
   return {others, 0}
 end
 
-local reply = {'told', args.session_id, args.nonce}
+local synced = {}
 for i, limit_key in ipairs(limit_keys) do
   local words = {}
-  for word in string.gmatch(args[tostring(i)], '%S+') do words[#words + 1] = word end
+  for word in string.gmatch(counts[i], '%S+') do words[#words + 1] = word end
   if words[1] == 'rate' then
-    reply[#reply + 1] = rate(limit_key, tonumber(words[2]), tonumber(words[3]))
+    synced[#synced + 1] = rate(limit_key, tonumber(words[2]), tonumber(words[3]))
   elseif words[1] == 'day' then
-    reply[#reply + 1] = day(limit_key, tonumber(words[2]))
+    synced[#synced + 1] = day(limit_key, tonumber(words[2]))
   else
-    reply[#reply + 1] = running(limit_key, words[2], tonumber(words[3]), tonumber(words[4]))
+    synced[#synced + 1] = running(limit_key, words[2], tonumber(words[3]), tonumber(words[4]))
   end
 end
-return reply
+return reply('synced', unpack(synced))

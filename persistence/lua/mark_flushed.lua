@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
--- Notes that records are in Postgres: takes them off the outbox, raises `flushed`, sets the TTLs that have become due.
+-- Removes records that Postgres has from the outbox, raises `flushed`, and sets the TTLs that are due.
 -- Marking the same record again changes nothing.
 --
 -- KEYS 1 outbox stream, 2 outbox bytes string, 3 live zset, 4 ... session hashes
--- ARGV session_id ('' : the reply is about several), nonce, group, records: for each record, separated by a space,
---      entry,bytes,fact,index of its session's key from 1
--- replies marked, session_id, nonce, number of records taken off
+-- ARGV session_id ('' : several sessions), nonce, group,
+--      records (separated by a space, each `entry,bytes,fact,index`, the index that of its session's key from 1)
+-- replies (session_id and nonce follow the word)
+--   marked  number of records removed
 local outbox_key, bytes_key, live_key = KEYS[1], KEYS[2], KEYS[3]
-local args = {session_id = ARGV[1], nonce = ARGV[2], group = ARGV[3], records = ARGV[4]}
 local session_keys = {}
 for i = 4, #KEYS do session_keys[i - 3] = KEYS[i] end
 
@@ -36,15 +36,15 @@ for session_key, tokens in pairs(done) do
     'format', 'status', 'session_id', 'turns', 'turn', 'unflushed', 'hot_ttl_s', 'last_activity_at'))
   turns, hot_ttl_s = whole(turns), whole(hot_ttl_s)
   local last = from_iso(last_activity_at)
-  -- A damaged session is left for its owner to find: it keeps no TTL, so it stays.
-  if format == '1' and status and session_id and turns and turn and unflushed and hot_ttl_s and last then
-    -- Cut out one by one: nearly always they are the first ones of a list that may be long.
+  -- A damaged session gets no TTL, so it stays for an operator to find.
+  if format == FORMAT and status and session_id and turns and turn and unflushed and hot_ttl_s and last then
+    -- Cut out one by one: they are nearly always the first of a list that may be long.
     local left = ' ' .. unflushed .. ' '
     for _, token in ipairs(tokens) do
       local from, to = string.find(left, token, 1, true)
       if from then left = string.sub(left, 1, from) .. string.sub(left, to + 1) end
     end
-    -- The turns among them are in order: Postgres has all before the first.
+    -- The turns in the list are in order: Postgres has all turns before the first.
     local first = string.match(left, ' t:(%d+)@')
     left = string.sub(left, 2, -2)
     if status == 'erased' and left == '' then
@@ -52,8 +52,8 @@ for session_key, tokens in pairs(done) do
       redis.call('ZREM', live_key, session_id)
     else
       redis.call('HSET', session_key, 'unflushed', left, 'flushed', string.format('%d', first and first - 1 or turns))
-      settle(session_key, left, turn, hot_ttl_s, last, now)
+      set_expiry(session_key, left, turn, hot_ttl_s, last, now)
     end
   end
 end
-return {'marked', args.session_id, args.nonce, removed}
+return reply('marked', removed)

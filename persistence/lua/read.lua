@@ -3,24 +3,21 @@
 --
 -- KEYS 1 session hash, 2 fence string, 3 ticket string
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
---      user_id ('' none), trusted (1 | 0), count (how many of the newest turns are wanted), ticket_ms
--- replies (each followed by session_id and nonce)
---   read    ttl_ms (-1: none), first_hot, flushed, id and fence of the turn that runs ('' none), first turn number
---           returned, header, turns
+--      user_id ('' none), trusted (1 | 0), count (of the newest turns to return), ticket_ms
+-- replies (session_id and nonce follow the word)
+--   read    ttl_ms (-1: none), first_hot, flushed, id and fence of the running turn ('' none), number of the
+--           first turn returned, header, turns
 --   absent  ticket
 --   erased | foreign | unauthorized
 --   damaged field
 local session_key, fence_key, ticket_key = KEYS[1], KEYS[2], KEYS[3]
-local args = named(ARGV)
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key, args) end
-local barred = bar(session, args)
-if barred then return barred end
+if not session then return absent(fence_key, ticket_key) end
+local barrier = barred(session)
+if barrier then return barrier end
 
 local first_hot, last = tonumber(session.first_hot), tonumber(session.turns)
 local first = math.max(first_hot, last - args.count + 1)
 return reply('read', redis.call('PTTL', session_key), first_hot, tonumber(session.flushed), session.turn, session.turn_fence,
-  first, header(session),
-  hot_turns(session_key, first, last))
+  first, header(session), hot_turns(session_key, first, last))

@@ -3,10 +3,8 @@
 --
 -- KEYS 1 session hash, 2 running zset
 -- ARGV session_id, nonce, turn_id, fence, lease_ms
--- replies (each followed by session_id and nonce): renewed | lost
+-- replies (session_id and nonce follow the word): renewed | lost
 local session_key, running_key = KEYS[1], KEYS[2]
-local args = named(ARGV)
-local function reply(word) return {word, args.session_id, args.nonce} end
 
 local held = redis.call('HMGET', session_key, 'turn', 'turn_fence')
 if held[1] ~= args.turn_id or held[2] ~= args.fence then return reply('lost') end

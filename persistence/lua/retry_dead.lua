@@ -1,14 +1,12 @@
 #!lua
--- Puts a dead letter back on the outbox, after its cause has been removed.
+-- Puts a dead letter back on the outbox, once its cause has been removed.
 --
 -- KEYS 1 outbox stream, 2 outbox bytes string, 3 dead stream, 4 session hash
 -- ARGV session_id, nonce, dead_entry
--- replies (each followed by session_id and nonce)
+-- replies (session_id and nonce follow the word)
 --   queued  id on the outbox
 --   gone
 local outbox_key, bytes_key, dead_key, session_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
-local args = named(ARGV)
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 -- Replaces each token whose text is `old` in a list of tokens; an empty `new` removes it.
 local function replace(list, old, new)

@@ -1,18 +1,16 @@
 #!lua flags=allow-oom
--- Marks a session as timed out if nothing happened on it for idle_ms. A visitor who comes back makes it active again.
+-- Marks a session as timed out after idle_ms without activity. A visitor who comes back makes it active again.
 --
 -- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 ticket string
 -- ARGV session_id, nonce, idle_ms, ticket_ms
--- replies (each followed by session_id and nonce)
+-- replies (session_id and nonce follow the word)
 --   timed_out | kept
 --   absent  ticket
 --   damaged field
 local session_key, outbox_key, bytes_key, fence_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
-local args = named(ARGV)
-local function reply(word, ...) return {word, args.session_id, args.nonce, ...} end
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key, args) end
+if not session then return absent(fence_key, ticket_key) end
 local broken = damage(session)
 if broken then return reply('damaged', broken) end
 local now = now_ms()

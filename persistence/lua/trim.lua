@@ -1,13 +1,13 @@
 #!lua flags=allow-oom
--- Takes sessions that are no longer in Redis off the list of live sessions.
+-- Removes sessions that are no longer in Redis from the list of live sessions.
 --
 -- KEYS 1 live zset, 2 ... session hashes
--- ARGV session_id ('' : the reply is about several), nonce, session_ids (separated by a space, in the order of the keys)
--- replies trimmed, session_id, nonce, how many
+-- ARGV session_id ('' : several sessions), nonce, session_ids (separated by a space, in the order of the keys)
+-- replies (session_id and nonce follow the word)
+--   trimmed  how many
 local live_key = KEYS[1]
 local session_keys = {}
 for i = 2, #KEYS do session_keys[i - 1] = KEYS[i] end
-local args = named(ARGV)
 
 local trimmed, index = 0, 0
 for session_id in string.gmatch(args.session_ids, '%S+') do
@@ -16,4 +16,4 @@ for session_id in string.gmatch(args.session_ids, '%S+') do
     trimmed = trimmed + redis.call('ZREM', live_key, session_id)
   end
 end
-return {'trimmed', args.session_id, args.nonce, trimmed}
+return reply('trimmed', trimmed)

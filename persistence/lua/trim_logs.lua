@@ -1,14 +1,14 @@
 #!lua flags=allow-oom
--- Takes sessions off the list of logs whose logs have all expired.
+-- Removes sessions whose turn logs have all expired from the list of logs.
 --
 -- KEYS 1 logs hash
--- ARGV session_id ('' : the reply is about several), nonce, session_ids (separated by a space)
--- replies trimmed, session_id, nonce, how many
+-- ARGV session_id ('' : several sessions), nonce, session_ids (separated by a space)
+-- replies (session_id and nonce follow the word)
+--   trimmed  how many
 local logs_key = KEYS[1]
-local args = named(ARGV)
 
 local now, trimmed = now_ms(), 0
 for session_id in string.gmatch(args.session_ids, '%S+') do
   if #live_logs(logs_key, session_id, now) == 0 then trimmed = trimmed + redis.call('HDEL', logs_key, session_id) end
 end
-return {'trimmed', args.session_id, args.nonce, trimmed}
+return reply('trimmed', trimmed)

@@ -13,17 +13,12 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Status = Literal["active", "ended", "timeout", "erased"]
 
 
-class ChatMessage(msgspec.Struct):
-    """What a graph is given of a message."""
+class Message(msgspec.Struct, omit_defaults=True):
+    """One message of a turn. `tokens_used`, `latency_ms` (of the turn) and `model_used` belong to assistant messages."""
 
     id: str
     role: Role
     content: str
-
-
-class Message(ChatMessage, omit_defaults=True):
-    """One message of a turn. `tokens_used`, `latency_ms` (of the turn) and `model_used` belong to assistant messages."""
-
     created_at: str
     audio_url: str | None = None
     audio_duration_ms: int | None = None
@@ -36,8 +31,8 @@ class Message(ChatMessage, omit_defaults=True):
 class Turn(msgspec.Struct, omit_defaults=True):
     """A committed turn. `seq` numbers its first message within the session, from 1; the others follow.
 
-    `metadata` is what the client was answered with, so that a retry gets the same. `fence` is the turn's place among all
-    turns begun, and the epoch of its events; 0 when it came back from Postgres, where it is not kept.
+    `metadata` is that of the answer, so that a retry gets the same. `fence` grows with every turn begun and is the epoch of
+    its events; 0 after hydration, because Postgres does not store it.
     """
 
     id: str
@@ -49,8 +44,8 @@ class Turn(msgspec.Struct, omit_defaults=True):
 
 
 class Session(msgspec.Struct, kw_only=True):
-    """A session without its messages. Empty text stands for a fact that is not known; a channel always is, unless the
-    session was erased while it was damaged."""
+    """A session without its messages, with the members of `fields.py`. Empty text means unknown; only an erased session may
+    lack its channel and its agent."""
 
     id: str
     session_id: str
@@ -75,7 +70,7 @@ class Session(msgspec.Struct, kw_only=True):
 class Record(msgspec.Struct):
     """A durable fact on its way to Postgres: the session as of `revision`, and the turn if the fact is one (`t:<n>`).
 
-    `bytes` is what it counts on the outbox.
+    `entry` is its id on the outbox, `bytes` its size in the outbox's counter.
     """
 
     entry: str
@@ -86,7 +81,7 @@ class Record(msgspec.Struct):
 
 
 class StoredMessage(Message, kw_only=True):
-    """A message of a transcript: with its number in the session, its turn, and that turn's number."""
+    """A message of a transcript: `seq` is its number in the session, `turn` the number of its turn, both from 1."""
 
     seq: int
     turn_id: str
@@ -118,10 +113,10 @@ def transcript(turn: Turn, number: int) -> list[StoredMessage]:
 
 
 class Access(msgspec.Struct, frozen=True):
-    """Who asks: compared with the session's own binding. An empty `agent_id` or `website_domain` is not compared.
+    """A caller, compared with the session's own binding. An empty `agent_id` or `website_domain` is not compared.
 
-    `authorized` when the session's token came along, `user_id` when the user was verified; `trusted` callers, operators and
-    servers of the site, have the sessions of all users.
+    `authorized`: the session's token was presented and verified. `user_id`: a verified user. `trusted`: an operator or a
+    server of the site, with access to the sessions of all users.
     """
 
     agent_id: str = ""
@@ -132,7 +127,7 @@ class Access(msgspec.Struct, frozen=True):
 
 
 class NewSession(msgspec.Struct, frozen=True):
-    """What a session is created with. `id` is its UUIDv7; `minted` ids were made by the gateway and need their token."""
+    """A session to create. `id` is its UUIDv7; a `minted` session id was made by the gateway, and needs its token."""
 
     id: str
     session_id: str
@@ -148,7 +143,7 @@ class NewSession(msgspec.Struct, frozen=True):
 
 
 class Snapshot(msgspec.Struct):
-    """A session as Postgres has it, with its newest turns, the first numbered `first`."""
+    """A session read from Postgres, with its newest turns, the first numbered `first`."""
 
     session: Session
     first: int

@@ -41,7 +41,7 @@ def check_numbers(migrations: list[Migration]) -> None:
 
 
 async def migrate(postgres: Postgres, migrations: list[Migration]) -> list[Migration]:
-    """Applies what is not applied yet; gives it back.
+    """Applies the migrations that are pending, and returns them.
 
     Raises MigrationError when the database has a migration that this version lacks, or one whose file has changed.
     """

@@ -1,7 +1,7 @@
-"""Postgres: what is kept for good. Written by the worker and the admin API, read when a session is not in Redis.
+"""Postgres: the durable store. Written by the worker and the admin API, read when a session is not in Redis.
 
-Works behind PgBouncer in transaction mode: no prepared statement, lock or setting outlives its transaction, and every
-statement runs inside one."""
+Works behind PgBouncer in transaction mode: every statement runs inside a transaction, and no prepared statement, lock or
+setting outlives one."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -14,6 +14,7 @@ import msgspec
 
 from persistence.errors import DataRefused, PostgresUnavailable
 from persistence.model.agents import Agent
+from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.model.ids import as_uuid
 from persistence.model.session import Record, Session, Snapshot, StoredMessage
 from persistence.model.times import moment
@@ -29,19 +30,19 @@ REFUSED = (
     ValueError,
     OverflowError,
 )
-"""The data's own fault. Everything else (the connection, the server's state, a schema of another version) can pass, and
-must never put a good record among the dead letters."""
+"""Errors of the data itself. Any other (of the connection, the server's state, another version's schema) is temporary, and
+must never make a dead letter of a good record."""
 
 UNREACHABLE = (OSError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
-"""What is not the data's fault. A time-out is an OSError."""
+"""Errors that are not the data's. TimeoutError is an OSError."""
 
 TELLING = frozenset(("08", "28", "3D", "42", "53", "55", "57"))
-"""Classes of errors whose text names connections, roles, databases, tables and limits, and no values (PostgreSQL, appendix
-A). Any other may quote a row."""
+"""SQLSTATE classes whose messages name connections, roles, databases, tables and limits, but no values (PostgreSQL,
+appendix A). Messages of other classes may quote a row."""
 
 
 def _reason(error: Exception) -> str:
-    """An error in words that can be logged: nothing of a row, and nothing of the URL."""
+    """An error in words that can be logged, without values of a row or parts of the URL."""
     kind = type(error).__name__
     if isinstance(error, asyncpg.PostgresError):
         state = str(error.sqlstate or "")
@@ -52,7 +53,7 @@ def _reason(error: Exception) -> str:
 
 
 class SessionFilter(msgspec.Struct, frozen=True):
-    """Which sessions a list is about; None is any."""
+    """Restricts a list of sessions; None matches any."""
 
     agent_id: str | None = None
     status: str | None = None
@@ -77,13 +78,16 @@ class Totals(msgspec.Struct):
 class Postgres:
     """A pool of connections that opens on first use, so that a pod starts while Postgres is down."""
 
-    def __init__(self, url: str, *, connections: int = 4, timeout_s: float = 1.5) -> None:
+    def __init__(
+        self, url: str, *, connections: int = 4, timeout_s: float = 1.5, fields: SessionFields = SESSION_FIELDS
+    ) -> None:
         self._url = url
         self._connections = connections
         self._timeout_s = timeout_s
         self._pool: asyncpg.Pool | None = None
         self._opening = asyncio.Lock()
-        self._statements = load_statements()
+        self._fields = fields
+        self._statements = load_statements(fields)
 
     async def close(self) -> None:
         if self._pool is not None:
@@ -95,7 +99,7 @@ class Postgres:
         """One transaction, bounded in time. Raises PostgresUnavailable or DataRefused."""
         try:
             async with self._connection(timeout_s or self._timeout_s) as connection, connection.transaction():
-                yield Transaction(connection, self._statements)
+                yield Transaction(connection, self._statements, self._fields)
         except REFUSED as error:
             constraint = getattr(error, "constraint_name", None) or ""
             raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error
@@ -104,8 +108,8 @@ class Postgres:
 
     @asynccontextmanager
     async def _connection(self, timeout_s: float) -> AsyncIterator[Connection]:
-        """A connection for a time. When the time is over it is cut off: a server that hangs would not even hear of a
-        rollback, and asyncpg waits for that without a limit. Raises PostgresUnavailable when there is none to be had."""
+        """A connection for `timeout_s`, which is then terminated: asyncpg would wait without limit for a server that hangs
+        to roll back. Raises PostgresUnavailable when none can be had."""
         async with asyncio.timeout(timeout_s) as limit:
             try:
                 pool = await self._open()
@@ -157,7 +161,7 @@ class Postgres:
             return [stored_message_of(row) for row in reversed(rows)]
 
     async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[Session]:
-        """Sessions by last activity, newest first, from behind `after` (last_activity_at, session_id)."""
+        """Sessions by last activity, newest first, after the position `after` (last_activity_at, session_id)."""
         async with self.transaction() as transaction:
             rows = await transaction.fetch(
                 "list_sessions",
@@ -169,16 +173,16 @@ class Postgres:
                 after[1] if after else None,
                 limit,
             )
-            return [session_of(row) for row in rows]
+            return [session_of(row, self._fields) for row in rows]
 
     async def totals(self, agent_id: str | None, left_out: Sequence[str]) -> Totals:
-        """Totals over an agent's sessions (None: all), but for those left out."""
+        """Totals over an agent's sessions (None: all), without those with the session ids `left_out`."""
         async with self.transaction(5) as transaction:
             row = (await transaction.fetch("session_stats", UUID(agent_id) if agent_id else None, list(left_out)))[0]
             return Totals(row["total_sessions"], row["active_sessions"], row["messages"])
 
     async def put_agent(self, agent: Agent) -> None:
-        """Creates the agent or replaces it. Raises DataRefused when its name is another one's."""
+        """Creates or replaces the agent. Raises DataRefused when another agent has its name."""
         async with self.transaction() as transaction:
             definition = msgspec.json.encode(agent.definition).decode()
             await transaction.fetch("put_agent", UUID(agent.id), agent.name, definition)
@@ -218,9 +222,10 @@ class Postgres:
 class Transaction:
     """The statements of one transaction."""
 
-    def __init__(self, connection: Connection, statements: dict[str, str]) -> None:
+    def __init__(self, connection: Connection, statements: dict[str, str], fields: SessionFields) -> None:
         self._connection = connection
         self._statements = statements
+        self._fields = fields
 
     async def fetch(self, name: str, *arguments: Any) -> list[asyncpg.Record]:
         """Runs the statement of that name."""
@@ -232,7 +237,7 @@ class Transaction:
 
     async def find_session(self, session_id: str) -> Session | None:
         rows = await self.fetch("find_session", session_id)
-        return session_of(rows[0]) if rows else None
+        return session_of(rows[0], self._fields) if rows else None
 
     async def find_snapshot(self, session_id: str, hot_turns: int) -> Snapshot | None:
         """A session with up to `hot_turns` of its newest turns."""
@@ -244,7 +249,7 @@ class Transaction:
         return Snapshot(session, first, turns_of(rows, first, session))
 
     async def flush(self, records: Sequence[Record]) -> None:
-        """Brings the records into the tables. Flushing a record again changes nothing."""
+        """Writes the records into the tables. Flushing a record again changes nothing."""
         erased = [UUID(record.session.id) for record in records if record.session.status == "erased"]
         kept = [record for record in records if record.session.status != "erased"]
         await self.fetch("lock_erase" if erased else "lock_flush")
@@ -257,11 +262,10 @@ class Transaction:
             known = newest.get(record.session.id)
             if known is None or known.revision < record.session.revision:
                 newest[record.session.id] = record.session
-        changed = await self.fetch("flush", *session_columns(newest.values()), *message_columns(kept))
+        changed = await self.fetch("flush", *message_columns(kept), *session_columns(newest.values(), self._fields))
         if changed:
             await self.fetch("write_histories", [row["id"] for row in changed])
 
 
 async def _nothing_to_reset(connection: asyncpg.Connection) -> None:
-    """In place of the statements that asyncpg runs each time a connection goes back to the pool: nothing outlives its
-    transaction."""
+    """Replaces the statements that asyncpg runs when a connection returns to the pool: no state outlives a transaction."""

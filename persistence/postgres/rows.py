@@ -1,6 +1,6 @@
-"""Rows and columns: stored values as Postgres has them."""
+"""Rows and columns: conversion of sessions, turns and messages to and from what asyncpg takes and gives."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -9,8 +9,10 @@ import msgspec
 
 from persistence.errors import Damaged
 from persistence.model.agents import Agent, decode_definition
-from persistence.model.codec import encode_object, unreadable
-from persistence.model.ids import as_uuid, masked
+from persistence.model.codec import unreadable
+from persistence.model.fields import SESSION_FIELDS, Column, Field, SessionFields
+from persistence.model.ids import masked
+from persistence.model.kinds import encode_object
 from persistence.model.session import Message, Record, Session, StoredMessage, Turn
 from persistence.model.times import iso_from, moment
 
@@ -18,33 +20,24 @@ Columns = tuple[list[Any], ...]
 
 
 def _column(values: list[Any]) -> list[Any]:
-    """A column for `unnest`, which fills up shorter ones with nulls: one of nulls alone need not be sent."""
+    """A column for `unnest`, which pads shorter ones with NULLs: one of NULLs alone need not be sent."""
     return values if any(value is not None for value in values) else []
 
 
-def session_columns(sessions: Iterable[Session]) -> Columns:
-    # Only the canonical form comes back as it was: 32 hex digits are somebody else's kind of id.
-    users = [(s.user_id, None) if as_uuid(s.user_id) == s.user_id else (None, s.user_id or None) for s in sessions]
-    return (
-        [s.id for s in sessions],
-        [s.session_id for s in sessions],
-        [s.agent_id for s in sessions],
-        _column([user_uuid for user_uuid, _ in users]),
-        _column([external for _, external in users]),
-        [s.website_domain or None for s in sessions],
-        [s.ip_address or None for s in sessions],
-        [s.user_agent or None for s in sessions],
-        [s.channel for s in sessions],
-        [s.status for s in sessions],
-        [moment(s.started_at) for s in sessions],
-        [moment(s.last_activity_at) for s in sessions],
-        _column([moment(s.ended_at) if s.ended_at else None for s in sessions]),
-        [encode_object(s.context) for s in sessions],
-        [encode_object(s.metadata) for s in sessions],
-        [s.minted for s in sessions],
-        [s.turns for s in sessions],
-        [s.revision for s in sessions],
-    )
+def session_columns(sessions: Collection[Session], fields: SessionFields = SESSION_FIELDS) -> Columns:
+    """The columns of sessions, in the order of `fields.columns`."""
+    return tuple(_session_column(sessions, column, field) for column, field in fields.columns)
+
+
+def _session_column(sessions: Iterable[Session], column: Column, field: Field) -> list[Any]:
+    name, convert = field.name, column.pick or field.kind.to_row
+    if column.null is None:
+        values = [convert(getattr(session, name)) for session in sessions]
+    else:
+        null = field.kind.read(column.null)
+        of_sessions = [getattr(session, name) for session in sessions]
+        values = [None if value == null else convert(value) for value in of_sessions]
+    return _column(values)
 
 
 def message_columns(records: Sequence[Record]) -> Columns:
@@ -76,27 +69,22 @@ def _text(at: datetime | None) -> str:
     return iso_from(at) if at else ""
 
 
-def session_of(row: asyncpg.Record) -> Session:
-    return Session(
-        id=str(row["id"]),
-        session_id=row["session_id"],
-        agent_id=str(row["agent_id"]),
-        channel=row["channel"],
-        status=row["status"],
-        user_id=row["user_id"],
-        website_domain=row["website_domain"],
-        ip_address=row["ip_address"],
-        user_agent=row["user_agent"],
-        started_at=_text(row["started_at"]),
-        last_activity_at=_text(row["last_activity_at"]),
-        ended_at=_text(row["ended_at"]),
-        message_count=row["message_count"],
-        context=_object(row["context"], row, "context_data"),
-        metadata=_object(row["metadata"], row, "metadata"),
-        minted=row["minted"],
-        turns=row["turns"],
-        revision=row["revision"],
-    )
+def session_of(row: asyncpg.Record, fields: SessionFields = SESSION_FIELDS) -> Session:
+    """A session from a row of `session_headers`. Raises Damaged, naming the field."""
+    return fields.struct(**{field.name: _member(row, field) for field in fields.header})
+
+
+def _member(row: asyncpg.Record, field: Field) -> Any:
+    # The view of a database that is not migrated yet lacks the field.
+    value = row.get(field.name)
+    if value is not None:
+        try:
+            return field.kind.from_row(value)
+        except msgspec.DecodeError as error:
+            raise Damaged(f"row {row['id']}", field.name, unreadable(error)) from error
+    if field.null is None:
+        raise Damaged(f"row {row['id']}", field.name, "is missing")
+    return field.kind.read(field.null)
 
 
 def _object(raw: str, row: asyncpg.Record, field: str) -> dict[str, Any]:
@@ -128,7 +116,7 @@ def stored_message_of(row: asyncpg.Record) -> StoredMessage:
 
 
 def turns_of(rows: Sequence[asyncpg.Record], first: int, session: Session) -> list[Turn]:
-    """The turns that the rows belong to. Raises Damaged when one is missing: what Redis hydrates has no holes."""
+    """The turns of a session from `first` on, from their messages. Raises Damaged when a turn or a message is missing."""
     by_number: dict[int, list[asyncpg.Record]] = {}
     for row in rows:
         by_number.setdefault(row["turn"], []).append(row)

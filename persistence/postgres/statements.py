@@ -1,12 +1,41 @@
-"""The SQL statements, by the names of their files. No SQL stands in Python."""
+"""The SQL statements, by the names of their files. No SQL is written in Python but the lists of columns of a session, which
+follow from the list of its fields."""
 
+import re
 from importlib.resources import files
 
+from persistence.model.fields import SESSION_FIELDS, SessionFields
 
-def load_statements() -> dict[str, str]:
-    """Every statement of `sql/` by its file's name without the ending."""
+_PLACEHOLDER = re.compile(r"\{(\w+)\}|\{(\w+) from \$(\d+)\}")
+
+
+def load_statements(fields: SessionFields = SESSION_FIELDS) -> dict[str, str]:
+    """Every statement of `sql/` by its file's name without the ending, its placeholders filled in."""
     return {
-        file.name.removesuffix(".sql"): file.read_text()
+        file.name.removesuffix(".sql"): fill(file.read_text(), fields)
         for file in (files("persistence") / "sql").iterdir()
         if file.name.endswith(".sql")
     }
+
+
+def fill(statement: str, fields: SessionFields) -> str:
+    """The statement with lists of a session's columns in place of `{columns}` (their names), `{arrays from $n}` (their
+    parameters, the first numbered n) and `{changes}` (their assignments, to the newest revision's value)."""
+    columns = [column for column, _ in fields.columns]
+
+    def lists(match: re.Match[str]) -> str:
+        first = int(match[3] or 0)
+        match match[1] or match[2]:
+            case "columns":
+                return ", ".join(column.name for column in columns)
+            case "arrays":
+                return ", ".join(f"${number}::{column.type}[]" for number, column in enumerate(columns, first))
+            case "changes":
+                newer = "CASE WHEN excluded.revision > stored.revision THEN excluded.{0} ELSE stored.{0} END"
+                return ",\n        ".join(
+                    f"{column.name} = {newer.format(column.name)}" for column in columns if column.changes
+                )
+            case other:
+                raise ValueError(f"{{{other}}} is no placeholder")
+
+    return _PLACEHOLDER.sub(lists, statement)

@@ -1,32 +1,37 @@
 """Every Redis key: its name, type, lifetime and writer. The keys are a supported interface: operators read them.
 
 key                                type    life                      written by
-gw:{p}:session:<session_id>        hash    TTL only when all of it   lua/open, begin, commit, abort, renew, hydrate, end,
-                                           is in Postgres and no     time_out, erase, mark_flushed, dead_letter, reap
-                                           turn runs on it
-gw:{p}:outbox                      stream  permanent                 lua/open, commit, end, time_out, erase, retry_dead
-gw:{p}:outbox_bytes                string  permanent                 the same, mark_flushed, dead_letter: the bytes of the
+gw:{p}:session:<session_id>        hash    TTL only when all of it   lua/open, begin, commit, abort, cancel, renew, hydrate,
+                                           is in Postgres and no     end, time_out, erase, mark_flushed, dead_letter,
+                                           turn runs on it           retry_dead, reap; its fields: model/fields.py
+gw:{p}:outbox                      stream  permanent                 lua/open, begin, commit, end, time_out, erase,
+                                                                     retry_dead: records on their way to Postgres
+gw:{p}:outbox_bytes                string  permanent                 the same, mark_flushed, dead_letter: the size of the
                                                                      records on the outbox
-gw:{p}:dead                        stream  permanent                 lua/dead_letter
+gw:{p}:dead                        stream  permanent                 lua/dead_letter, retry_dead, erase: dead letters
 gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given)
-gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim
-gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn
-gw:{p}:events:<turn_id>            stream  5 min after its last      lua/append, commit, abort, cancel
-gw:{p}:logs                        hash    permanent, trimmed        lua/append, commit, abort, cancel; lua/trim_logs:
-                                                                     a field a session, which of its turns have a log
-gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, end, time_out, erase, open; it
+gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim:
+                                                                     sessions by their last activity, in ms
+gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn:
+                                                                     sessions by the end of their lease, in ms
+gw:{p}:events:<turn_id>            stream  5 min after its last      lua/append, commit, abort, cancel: a turn log, its
+                                                                     entries as in lua/lib/log_tail
+gw:{p}:logs                        hash    permanent, trimmed        lua/append, commit, abort, cancel; lua/trim_logs: a
+                                                                     field per session, `turn_id@expires_ms` of each of
+                                                                     its turn logs, separated by spaces
+gw:{p}:ticket:<session_id>         string  10 s                      lua/begin, read, follow, end, time_out, erase, open:
                                                                      guards lua/hydrate and lua/open
 gw:limit:{p}:<bucket>              string  until it is empty         lua/limit; buckets: address:<ip>, sessions:<ip>,
                                                                      misses:<ip>, agent:<agent_id>,
                                                                      domain:<agent_id>:<domain>
-gw:limit:{p}:day:<agent_id>        string  until midnight UTC        lua/limit (turns of the day)
-gw:limit:{p}:running:<agent_id>    hash    5 s after its pods' last  lua/limit: a field a pod, turns@until_ms
-                                           word
-gw:agent:<agent_id>                hash    permanent                 agents.py
-gw:agent:<name>                    hash    permanent                 agents.py (points at the agent's id)
-gw:meta                            hash    permanent                 server_check.py
+gw:limit:{p}:day:<agent_id>        string  until midnight UTC        lua/limit: turns of the day
+gw:limit:{p}:running:<agent_id>    hash    5 s after the last sync   lua/limit: a field per pod, turns@until_ms
+gw:agent:<agent_id>                hash    permanent                 agent_copies.py
+gw:agent:<name>                    hash    permanent                 agent_copies.py: points at the agent's id
+gw:meta                            hash    permanent                 server_check.py: format and partitions
 
-`p` is `crc16(session_id) % partitions`; everything about one session shares its hash slot. A limit's is that of its name."""
+`p` is `crc16(session_id) % partitions`; all keys of one session share its hash slot. A limit's `p` is that of its name.
+Published to, but no key: a channel per session, for wake-ups; a control channel, for cancelled turns."""
 
 from binascii import crc_hqx
 
@@ -45,11 +50,11 @@ class Keys:
         self._heads = [f"{prefix}:{{{partition}}}:" for partition in range(partitions)]
 
     def partition(self, session_id: str) -> int:
-        """The partition of a session or limit: CRC16/XMODEM of its id, as Redis Cluster hashes keys, modulo `partitions`."""
+        """The partition of a session or limit: CRC16/XMODEM of its id, as in Redis Cluster, modulo `partitions`."""
         return crc_hqx(session_id.encode(), 0) % self.partitions
 
     def head(self, session_id: str) -> str:
-        """The common beginning of every key about this session."""
+        """The prefix of every key of this session."""
         return self._heads[self.partition(session_id)]
 
     def session(self, session_id: str) -> str:
@@ -74,11 +79,11 @@ class Keys:
         return f"{self._heads[partition]}logs"
 
     def events(self, session_id: str, turn_id: str) -> str:
-        """The log of a turn."""
+        """A turn log."""
         return f"{self.head(session_id)}events:{turn_id}"
 
     def channel(self, session_id: str) -> str:
-        """Where it is published that something about a session is new; a channel, not a key."""
+        """The channel of a session's wake-ups."""
         return f"{self.head(session_id)}news:{session_id}"
 
     def agent(self, reference: str) -> str:
@@ -86,10 +91,10 @@ class Keys:
         return f"{self.prefix}:agent:{reference}"
 
     def limit(self, bucket: str) -> str:
-        """A rate limit that is not about one session."""
+        """A limit of an address, an agent or a domain."""
         return f"{self.prefix}:limit:{{{self.partition(bucket)}}}:{bucket}"
 
     def permanent(self) -> set[str]:
-        """The keys that live without a TTL, agents' apart."""
+        """The keys without a TTL, but for those of agents."""
         names = ("outbox", "outbox_bytes", "dead", "fence", "live", "running", "logs")
         return {self.meta} | {head + name for head in self._heads for name in names}

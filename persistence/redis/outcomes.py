@@ -1,10 +1,10 @@
-"""What the Redis layer answers."""
+"""The outcomes of operations of the Redis layer."""
 
 from typing import Literal
 
 import msgspec
 
-from persistence.model.session import ChatMessage, Session, Turn
+from persistence.model.session import Message, Session, Turn
 
 Reason = Literal[
     "ended",
@@ -20,17 +20,17 @@ Reason = Literal[
 
 class Begun(msgspec.Struct):
     """The turn holds the session. `now_ms` is Redis' clock, `history` the messages of the newest turns, oldest first. The
-    rate limit is charged for `rate_ahead_ms`: more than its whole time if it would have refused the turn."""
+    rate limit is charged `rate_ahead_ms` beyond now: more than its whole window if it would have refused the turn."""
 
     fence: int
     now_ms: int
     session: Session
-    history: list[ChatMessage]
+    history: list[Message]
     rate_ahead_ms: int = 0
 
 
 class Replay(msgspec.Struct):
-    """This message_id was answered before."""
+    """This message_id was answered before, by turn number `number`."""
 
     session: Session
     number: int
@@ -38,7 +38,7 @@ class Replay(msgspec.Struct):
 
 
 class Busy(msgspec.Struct):
-    """Turn `turn_id` runs; `same_message` when it answers the very same message_id."""
+    """Turn `turn_id` runs; `same_message` if it answers the same message_id."""
 
     lease_left_ms: int
     same_message: bool
@@ -46,19 +46,19 @@ class Busy(msgspec.Struct):
 
 
 class Queued(msgspec.Struct):
-    """The turn waits at this position, from 1. It keeps its place by asking again within 2 s."""
+    """The turn waits at this position, from 1, and keeps it by asking again within 2 s."""
 
     position: int
 
 
 class Absent(msgspec.Struct):
-    """Not in Redis. What is read from Postgres from now on may be installed under `ticket`."""
+    """The session is not in Redis. What is read from Postgres from now on may be installed under `ticket`."""
 
     ticket: int
 
 
 class Refused(msgspec.Struct):
-    """Not allowed, and why. `retry_after_ms` where waiting helps."""
+    """The operation is not allowed. `retry_after_ms` where waiting helps."""
 
     reason: Reason
     retry_after_ms: int = 0
@@ -77,7 +77,11 @@ class Opened(msgspec.Struct):
 
 
 class Hot(msgspec.Struct):
-    """A session as Redis has it, with the turns asked for. `ttl_ms` is -1 when it has none, `running` empty when idle."""
+    """A session as Redis has it, with some of its turns, the first numbered `first`.
+
+    `ttl_ms` is -1 without a TTL. `first_hot` is the number of the oldest hot turn, `flushed` that of the newest one in
+    Postgres. `running` is the id of the running turn, '' when idle.
+    """
 
     session: Session
     ttl_ms: int

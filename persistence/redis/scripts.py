@@ -1,15 +1,13 @@
 """Runs the Lua scripts, and uses no reply before it has proved that it belongs to the call.
 
-Every script echoes the session id and a nonce made for the call. A reply that echoes anything else was meant for
-somebody else: all connections are dropped, the call fails, and `foreign_replies` counts it. A plain command's reply tells
-nothing of the kind, and a client may hand out a connection that still holds, or will yet receive, the reply to an older
-question: what is stored is read and written through here alone.
+Every script echoes the session id and a nonce made for the call. A reply with another echo belongs to another call: all
+connections are dropped, the call fails, and `foreign_replies` counts it. A plain command's reply has no echo, and a client
+may hand out a connection that still holds, or will yet receive, the reply to an earlier command: so everything stored is
+read and written through this module alone.
 """
 
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from itertools import count
 from secrets import token_hex
 from typing import Any, NoReturn
@@ -18,70 +16,53 @@ import structlog
 from redis.exceptions import NoScriptError, ResponseError
 
 from persistence.errors import CommandRefused, Damaged, ForeignReply
+from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.model.ids import masked
 from persistence.redis.connection import Client, drop_connections, refusal
+from persistence.redis.linking import link_scripts
 from persistence.redis.pool import Argument, Command, make_pool
 
 log = structlog.get_logger()
 
-_BLOCKS = re.compile(r"\n\n(?=(?:--[^\n]*\n)*local )")
-_NAME = re.compile(r"^local (?:function )?(\w+)", re.MULTILINE)
-_COMMENT = re.compile(r"--[^\n]*")
-_ORDER = re.compile(r"(\w+) = ARGV\[\d+\]")
-
-
-def script_texts() -> dict[str, str]:
-    """The text of every script by name, what it uses of the prelude put behind its first line."""
-    folder = files("persistence") / "lua"
-    prelude = (folder / "prelude.lua").read_text()
-    return {
-        file.name.removesuffix(".lua"): with_prelude(file.read_text(), prelude)
-        for file in folder.iterdir()
-        if file.name.endswith(".lua") and file.name != "prelude.lua"
-    }
-
-
-def with_prelude(script: str, prelude: str) -> str:
-    """The script with the blocks of the prelude whose names are used in it, or in another such block.
-
-    A script's whole text is run at each call: with all of the prelude a turn takes Redis twice the time.
-    """
-    first, text = script.split("\n", 1)
-    for block in reversed(_BLOCKS.split(prelude)):
-        named = _NAME.search(block)
-        if named and re.search(rf"\b{named[1]}\b", _COMMENT.sub("", text)):
-            text = f"{block}\n\n{text}"
-    return f"{first}\n{text}"
-
 
 class Scripts:
-    """The scripts on one Redis. `foreign_replies` counts replies that were not for the call that read them."""
+    """The scripts on one Redis, linked with a list of session fields. `foreign_replies` counts replies to other calls."""
 
-    def __init__(self, client: Client, *, concurrency: int = 64) -> None:
+    def __init__(self, client: Client, *, concurrency: int = 64, fields: SessionFields = SESSION_FIELDS) -> None:
         self._client = client
-        self._texts = script_texts()
+        self.fields = fields
+        linked = link_scripts(fields)
+        self._texts = {name: script.text for name, script in linked.items()}
         self._digests = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}  # noqa: S324
-        self._orders = {name: _ORDER.findall(text)[2:] for name, text in self._texts.items()}
+        self._orders = {name: script.arguments for name, script in linked.items()}
         self._pool = make_pool(client, concurrency=concurrency)
         self._nonce_head = token_hex(8)
         self._nonce_tail = count()
         self.foreign_replies = 0
 
     async def run(
-        self, name: str, session_id: str, keys: Sequence[str], arguments: Mapping[str, Argument], timeout_s: float = 1.8
+        self,
+        name: str,
+        session_id: str,
+        keys: Sequence[str],
+        arguments: Mapping[str, Argument],
+        timeout_s: float = 1.8,
+        *,
+        rest: Sequence[Argument] = (),
     ) -> list[Any]:
         """Runs a script; returns its reply without the echo: [word, ...], the word as str.
 
-        Raises RedisUnavailable (ForeignReply when the echo is wrong), Damaged when the script found a field it can't use.
+        `arguments` has those of the script's ARGV list, and may have others; `rest` follows them where the list ends in
+        `...`. Raises RedisUnavailable (ForeignReply when the echo is wrong), Damaged when the script found a damaged field.
         """
-        return (await self._run(name, session_id, keys, arguments, timeout_s))[0]
+        return (await self._run(name, session_id, keys, arguments, timeout_s, rest=rest))[0]
 
     async def run_and_read(
         self, name: str, session_id: str, keys: Sequence[str], arguments: Mapping[str, Argument], timeout_s: float = 1.8
     ) -> tuple[list[Any], dict[bytes, bytes]]:
-        """Runs a script and, in the same round trip, reads the hash that is its first key: [word, ...] and what is in it.
+        """Runs a script and, in the same round trip, reads the hash that is its first key: [word, ...] and the hash.
 
-        The hash's echo is its session_id. It is read a moment later: who needs what the script wrote looks for it.
+        The hash's echo is its session_id. It is read a moment after the script, so another call may have changed it.
         """
         reply, fields = await self._run(name, session_id, keys, arguments, timeout_s, behind=("HGETALL", keys[0]))
         if isinstance(fields, ResponseError):
@@ -101,10 +82,10 @@ class Scripts:
         arguments: Mapping[str, Argument],
         timeout_s: float = 1.8,
     ) -> Any:
-        """The reply to a plain command, behind which a script runs in the same round trip.
+        """The reply to a plain command, with a script behind it in the same round trip.
 
-        That the script's echo is where it belongs proves that the reply before it is the command's own. Both may run twice.
-        Raises as `run` does.
+        The script's echo in its place proves that the reply before it is the command's own. Both may run twice. Raises as
+        `run` does.
         """
         _, reply = await self._run(name, session_id, keys, arguments, timeout_s, before=command)
         if isinstance(reply, ResponseError):
@@ -119,23 +100,16 @@ class Scripts:
         arguments: Mapping[str, Argument],
         timeout_s: float,
         *,
+        rest: Sequence[Argument] = (),
         before: Command | None = None,
         behind: Command | None = None,
     ) -> tuple[list[Any], Any]:
         """The script's reply, without its echo, and the reply to a command that is sent before it or behind it."""
         nonce = f"{self._nonce_head}-{next(self._nonce_tail)}"
-        order = self._orders[name]
-        tail: list[Argument]
-        if order:
-            # Scripts that are run often say the order of their arguments; names would double them.
-            tail = [*keys, session_id, nonce, *(arguments[one] for one in order)]
-        else:
-            tail = [*keys, "session_id", session_id, "nonce", nonce]
-            for pair in arguments.items():
-                tail += pair
+        tail = [*keys, session_id, nonce, *(arguments[one] for one in self._orders[name]), *rest]
         reply, other = await self._evaluate(name, len(keys), tail, timeout_s, before, behind)
         if isinstance(reply, ResponseError):
-            # An error has no echo. One that a script met says where in it; others belong to another command.
+            # An error has no echo. That of a script names the script; any other belongs to another command.
             error = refusal(reply)
             if not isinstance(error, CommandRefused) or "@user_script" in str(error):
                 raise error from reply
@@ -163,9 +137,8 @@ class Scripts:
         )
 
     async def command(self, command: str, key: str, *arguments: Argument, timeout_s: float = 1.8) -> Any:
-        """Runs one command on one key; its reply as RESP2 has it, a hash as [field, value, ...]. Raises as `run` does."""
-        numbered = {str(number): argument for number, argument in enumerate(arguments, 1)}
-        return (await self.run("command", "", [key], {"command": command, **numbered}, timeout_s))[1]
+        """Runs one command on one key; its reply as in RESP2, a hash as [field, value, ...]. Raises as `run` does."""
+        return (await self.run("command", "", [key], {"command": command}, timeout_s, rest=arguments))[1]
 
     async def _evaluate(
         self,
@@ -176,7 +149,7 @@ class Scripts:
         before: Command | None = None,
         behind: Command | None = None,
     ) -> tuple[Any, Any]:
-        """The reply to the script, and that to the command before it or behind it (None: there is none)."""
+        """The reply to the script, and to the command before it or behind it (None without one)."""
         for word, script in (("EVALSHA", self._digests[name]), ("EVAL", self._texts[name])):
             call, other = (word, script, key_count, *tail), None
             if before is not None:

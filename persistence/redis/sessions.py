@@ -1,9 +1,10 @@
-"""The Redis layer: everything that happens to a session, one atomic script each. Redis owns the truth about a live session.
+"""The Redis layer: the operations on a session, one atomic script each. Redis owns the truth about a live session.
 
 Called by the gateway (begin, commit, abort, renew, open, read, end, erase) and by the worker (hydrate, time_out, reap).
-It never reads Postgres: a session that is not in Redis comes back as `Absent` with a ticket, and whoever can read
-Postgres installs it with `hydrate` under that ticket."""
+It never reads Postgres: a session that is not in Redis is `Absent` with a ticket, and the hydrator installs what Postgres
+has of it under that ticket."""
 
+from itertools import chain
 from math import ceil
 from typing import Any
 
@@ -16,16 +17,17 @@ from persistence.model.codec import (
     decode_session,
     decode_turn,
     decode_turns,
-    encode_object,
     encode_session,
     encode_turn,
 )
 from persistence.model.ids import masked
+from persistence.model.kinds import encode_object
 from persistence.model.session import Access, NewSession, Session, Snapshot, Turn
 from persistence.model.times import ms_of
 from persistence.redis.keys import GROUP, Keys
 from persistence.redis.log_entries import Part, log_arguments
 from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Opened, Queued, Refused, Replay
+from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts
 
 TICKET_MS = 10_000
@@ -34,9 +36,9 @@ WAITER_MS = 2_000
 
 
 class SessionStore:
-    """Sessions in one Redis. `lease_ms` is how long a dead pod can block a session; `max_backlog` records, and
-    `max_backlog_bytes` of them, may wait for Postgres before new turns are refused. Each partition has an even share,
-    rounded up: a script sees no other than its own."""
+    """Sessions in one Redis. `lease_ms` is how long a dead pod can block a session; with `max_backlog` records, or
+    `max_backlog_bytes` of them, on the outboxes new turns are refused. Each partition has an even share, rounded up,
+    because a script sees only its own."""
 
     def __init__(
         self,
@@ -48,6 +50,7 @@ class SessionStore:
         max_backlog_bytes: int = 2**30,
     ) -> None:
         self._scripts = scripts
+        self._fields = scripts.fields
         self._keys = keys
         self.lease_ms = lease_ms
         self._room = {
@@ -56,7 +59,7 @@ class SessionStore:
         }
 
     def _key(self, session_id: str, *names: str) -> list[str]:
-        """The session's key, then the keys of its partition by name; `ticket` is the session's own."""
+        """The session's key, then keys of its partition by name; `ticket` is the session's own."""
         head = self._keys.head(session_id)
         return [
             f"{head}session:{session_id}",
@@ -75,7 +78,8 @@ class SessionStore:
     ) -> Begun | Absent | Replay | Busy | Queued | Refused:
         """Takes the session for a turn. Repeating the call with the same `turn_id` is safe.
 
-        `digest` is one of the message, so that its `message_id` is not taken for another's while it is being answered.
+        `digest` is a digest of the message, by which a reused `message_id` is noticed while it is being answered. Raises
+        Damaged.
         """
         reply, fields = await self._scripts.run_and_read(
             "begin",
@@ -103,19 +107,19 @@ class SessionStore:
         match reply:
             case ["begun", fence, now_ms, rate_ahead_ms]:
                 if fields.get(b"turn") != turn_id.encode():
-                    # Something ended the turn between the script and the reading: the script knows what to say of it.
+                    # The turn was ended between the script and the read of the hash: the script knows how.
                     return await self.begin(session_id, turn_id, access, policy, message_id=message_id, digest=digest)
                 try:
-                    session, history = decode_hash(fields, policy.hot_turns, where)
+                    session, history = decode_hash(fields, policy.hot_turns, where, self._fields)
                 except Damaged:
-                    # Nobody knows of the turn yet: the session stays as it was found.
+                    # No caller knows of the turn yet: the session is left as it was.
                     await self.abort(session_id, turn_id, int(fence))
                     raise
                 return Begun(int(fence), int(now_ms), session, history, rate_ahead_ms)
             case ["absent", ticket]:
                 return Absent(ticket)
             case ["replay", number, header, turn]:
-                return Replay(decode_session(header, where), number, decode_turn(turn, where, f"t:{number}"))
+                return Replay(decode_session(header, where, self._fields), number, decode_turn(turn, where, f"t:{number}"))
             case ["busy", left_ms, same, running]:
                 return Busy(int(left_ms), bool(same), running.decode())
             case ["queued", position]:
@@ -129,11 +133,11 @@ class SessionStore:
     async def commit(
         self, begun: Begun, turn: Turn, policy: TurnPolicy, context: dict[str, Any] | None = None, part: Part | None = None
     ) -> Committed | None:
-        """Appends the turn to the session that `begun` gave and puts its record on the outbox; None when the session was
-        lost to someone else.
+        """Appends the turn to the session of `begun` and puts its record on the outbox; None when the turn has lost the
+        session.
 
-        The session's last activity is the turn's last message. `context` is None to leave it as it is; `part` is what the
-        turn's log still lacks. Committing the same turn again adds nothing.
+        The session's last activity is the turn's last message. `context` None leaves the session's; `part` has the events
+        that are missing in the turn's log. Committing the same turn again adds nothing.
         """
         before = begun.session
         session_id, encoded = before.session_id, encode_turn(turn)
@@ -175,13 +179,13 @@ class SessionStore:
                 case ["committed"]:
                     return Committed(after.message_count, after.last_activity_at)
                 case ["changed", header]:
-                    # A user was given the session while the turn ran: what is committed is theirs.
-                    before = decode_session(header, f"session {masked(session_id)}")
+                    # The session was given to a user while the turn ran: the turn is committed to that user's session.
+                    before = decode_session(header, f"session {masked(session_id)}", self._fields)
                 case _:
                     return None
 
     async def abort(self, session_id: str, turn_id: str, fence: int = 0, part: Part | None = None) -> bool:
-        """Gives up a running or waiting turn; whether it was still there. `part` is what its log still lacks."""
+        """Gives up a running or waiting turn; whether there was one. `part` has the events that are missing in its log."""
         keys = [*self._key(session_id, "running", "logs"), self._keys.events(session_id, turn_id)]
         arguments = {"turn_id": turn_id, "fence": fence, **log_arguments(self._keys, session_id, part)}
         return bool((await self._scripts.run("abort", session_id, keys, arguments))[0] == "aborted")
@@ -197,7 +201,7 @@ class SessionStore:
     async def open(
         self, new: NewSession, *, ticket: int = 0, authorized: bool = False, trusted: bool = False
     ) -> Opened | Absent | Refused:
-        """Creates the session, or finds it. One that is nobody's yet becomes `new.user_id`'s."""
+        """Creates the session, or finds it. An anonymous session is given to `new.user_id`."""
         reply = await self._scripts.run(
             "open",
             new.session_id,
@@ -218,7 +222,7 @@ class SessionStore:
         )
         match reply:
             case ["opened" | "found" as word, header]:
-                return Opened(decode_session(header, f"session {masked(new.session_id)}"), word == "opened")
+                return Opened(decode_session(header, f"session {masked(new.session_id)}", self._fields), word == "opened")
             case ["absent", given]:
                 return Absent(given)
             case _:
@@ -233,7 +237,7 @@ class SessionStore:
                 where = f"session {masked(session_id)}"
                 decoded = decode_turns(turns, first, where)
                 return Hot(
-                    decode_session(header, where),
+                    decode_session(header, where, self._fields),
                     ttl_ms,
                     first_hot,
                     flushed,
@@ -248,23 +252,18 @@ class SessionStore:
                 return Refused(reply[0])
 
     async def hydrate(self, snapshot: Snapshot, ticket: int, hot_ttl_s: int) -> bool:
-        """Installs what was read from Postgres; False when the ticket is stale: ask again."""
-        session = snapshot.session
-        fields = {
-            f"field:{name}": value
-            for name, value in {
-                **msgspec.structs.asdict(session),
-                "context": encode_object(session.context),
-                "metadata": encode_object(session.metadata),
-                "minted": int(session.minted),
-            }.items()
+        """Installs a session that was read from Postgres; False when the ticket is stale."""
+        session, first = snapshot.session, snapshot.first
+        stored: dict[str, Argument] = {
+            **self._fields.texts(session),
+            **{f"t:{number}": encode_turn(turn) for number, turn in enumerate(snapshot.turns, first)},
         }
-        turns = {f"field:t:{snapshot.first + i}": encode_turn(turn) for i, turn in enumerate(snapshot.turns)}
         reply = await self._scripts.run(
             "hydrate",
             session.session_id,
             self._key(session.session_id, "live", "ticket"),
-            {"ticket": ticket, "hot_ttl_s": hot_ttl_s, "first_hot": snapshot.first, **fields, **turns},
+            {"ticket": ticket, "hot_ttl_s": hot_ttl_s, "first_hot": first},
+            rest=list(chain.from_iterable(stored.items())),
         )
         return bool(reply[0] == "hydrated")
 
@@ -275,14 +274,14 @@ class SessionStore:
         reply = await self._scripts.run("end", session_id, keys, arguments)
         match reply:
             case ["ended", header]:
-                return decode_session(header, f"session {masked(session_id)}")
+                return decode_session(header, f"session {masked(session_id)}", self._fields)
             case ["absent", ticket]:
                 return Absent(ticket)
             case _:
                 return Refused(reply[0])
 
     async def time_out(self, session_id: str, idle_ms: int) -> bool | Absent:
-        """Marks the session as timed out if it was idle for `idle_ms`; whether it did."""
+        """Marks the session as timed out if it was idle for `idle_ms`; whether it was."""
         keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "ticket")
         reply = await self._scripts.run("time_out", session_id, keys, {"idle_ms": idle_ms, "ticket_ms": TICKET_MS})
         return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "timed_out"
@@ -299,7 +298,7 @@ class SessionStore:
                 return Refused(reply[0])
 
     async def erase_idle(self, session_id: str, agent_id: str, idle_ms: int) -> bool | Absent:
-        """Erases an agent's session if it was idle for `idle_ms`; whether it did."""
+        """Erases an agent's session if it was idle for `idle_ms`; whether it was."""
         reply = await self._erase(session_id, Access(agent_id, authorized=True, trusted=True), idle_ms)
         return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "erased"
 
@@ -307,7 +306,7 @@ class SessionStore:
         keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket", "logs")
         logged = ""
         while True:
-            # Which logs there are only Redis knows, and a script is told its keys beforehand.
+            # Only Redis knows which turns have logs, and a script has to be given its keys.
             arguments = {
                 **access_arguments(access),
                 "group": GROUP,
@@ -323,7 +322,7 @@ class SessionStore:
             logged = reply[1].decode()
 
     async def reap(self, session_id: str) -> str | None:
-        """Lets go of a turn whose lease ran out; its turn_id, or None."""
+        """Gives up a turn whose lease has expired; its turn_id, or None."""
         reply = await self._scripts.run(
             "reap", session_id, self._key(session_id, "running"), {"channel": self._keys.channel(session_id)}
         )

@@ -79,10 +79,9 @@ class SharedLimits:
         failures: list[PersistenceError] = []
 
         async def sync_batch(batch: list[str]) -> None:
-            arguments = {str(number): updates[name].words() for number, name in enumerate(batch, 1)}
             keys = [self._keys.limit(name) for name in batch]
             try:
-                _, *replies = await self._scripts.run("limit", "", keys, arguments)
+                _, *replies = await self._scripts.run("limit", "", keys, {}, rest=[updates[name].words() for name in batch])
             except PersistenceError as error:
                 failures.append(error)
                 return

@@ -93,7 +93,7 @@ class TurnLogs:
             case ["committed", number, entries, header, turn]:
                 fence, events = _events(entries, where)
                 decoded = decode_turn(turn, where, f"t:{number}")
-                return Following(fence, events, session=decode_session(header, where), turn=decoded)
+                return Following(fence, events, session=decode_session(header, where, self._scripts.fields), turn=decoded)
             case ["gone", entries]:
                 return Following(*_events(entries, where))
             case ["absent", ticket]:

@@ -1,3 +1,3 @@
--- What has been applied to this database.
+-- The migrations applied to this database.
 -- (no parameters)
 SELECT number, name, checksum FROM schema_migrations ORDER BY number

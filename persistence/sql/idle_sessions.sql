@@ -1,5 +1,5 @@
--- Active sessions without activity for a time, from behind a place in their order: the longest idle first.
--- $1 interval, $2 timestamptz and $3 text (activity and session_id of the last one seen, null from the beginning),
+-- Active sessions without activity for a time, after a position in their order, the longest idle first.
+-- $1 interval, $2 timestamptz and $3 text (activity and session_id of the position, null: from the beginning),
 -- $4 int (limit)
 SELECT session_id, last_activity_at
 FROM agent_sessions

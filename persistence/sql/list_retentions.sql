@@ -1,4 +1,4 @@
--- The agents that keep sessions for a time only, and how many days.
+-- The agents with a retention limit, and its days.
 -- (no parameters)
 SELECT id, name, (definition ->> 'retention_days')::int AS days
 FROM agents

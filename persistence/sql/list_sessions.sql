@@ -1,6 +1,6 @@
 -- A page of stored sessions, newest activity first.
 -- $1 uuid (agent, null any), $2 text (status, null any), $3 text (website domain, null any), $4 text (channel, null any),
--- $5 timestamptz and $6 text (activity and session_id of the last one seen, null from the newest), $7 int (limit)
+-- $5 timestamptz and $6 text (activity and session_id of the session to continue after, null: from the newest), $7 int (limit)
 SELECT *
 FROM session_headers
 WHERE ($1::uuid IS NULL OR agent_id = $1)

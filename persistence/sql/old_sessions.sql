@@ -1,5 +1,5 @@
--- An agent's sessions without activity for a time, from behind a place in their order: the oldest first.
--- $1 uuid (agent), $2 interval, $3 timestamptz and $4 text (activity and session_id of the last one seen, null from the
+-- An agent's sessions without activity for a time, after a position in their order, the oldest first.
+-- $1 uuid (agent), $2 interval, $3 timestamptz and $4 text (activity and session_id of the position, null: from the
 -- beginning), $5 int (limit)
 SELECT session_id, last_activity_at
 FROM agent_sessions

@@ -1,4 +1,4 @@
--- Totals over an agent's stored sessions, some left out (they are counted elsewhere).
+-- Totals over an agent's stored sessions without some that are counted in Redis.
 -- $1 uuid (null: every agent), $2 text[] (session ids left out)
 SELECT
     count(*) AS total_sessions,

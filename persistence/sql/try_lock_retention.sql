@@ -1,3 +1,3 @@
--- Lets one worker at a time look for sessions that are kept no longer.
+-- Lets one worker at a time look for sessions past their retention.
 -- (no parameters)
 SELECT pg_try_advisory_xact_lock(7305102103)

@@ -1,4 +1,4 @@
--- Writes the whole conversation of those sessions that are over: once, or again when a late turn has arrived.
+-- Writes the whole conversation of sessions that have ended or timed out, again whenever a late turn has arrived.
 -- $1 uuid[]
 UPDATE agent_sessions
 SET conversation_history = coalesce(

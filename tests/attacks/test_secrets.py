@@ -26,6 +26,7 @@ from gateway.app import Pod
 from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.redis import RedisServer
 from gateway.logs import LibraryLogs
+from persistence.model.fields import SESSION_FIELDS
 from persistence.postgres.migrate import load_migrations, migrate
 from persistence.postgres.postgres import Postgres
 from persistence.redis.connection import Client, connect
@@ -291,7 +292,7 @@ async def damage(player: Player, redis: Client) -> None:
         )
     found: dict[bytes, bytes] = await redis.execute_command("HGETALL", f"gw:{{0}}:session:{CHOSEN}")
     good = {name.decode(): value.decode() for name, value in found.items()}
-    header = {"fact": "t:1", "turn": "{}", **{name: good[name] for name in HEADER}}
+    header = {"fact": "t:1", "turn": "{}", **{name: good[name] for name in SESSION_FIELDS.names}}
     for change in (
         {"fact": record},
         {"turn": record},
@@ -356,12 +357,6 @@ async def redis_troubles(player: Player, redis: Client, pod: GatewayProcess, wor
             return (await player.say("hello", CHOSEN)).status_code == 200
 
         await wait_for(back, "the pod works again", 20)
-
-
-HEADER = (
-    "format", "id", "session_id", "agent_id", "channel", "status", "user_id", "website_domain", "ip_address", "user_agent",
-    "started_at", "last_activity_at", "ended_at", "message_count", "context", "metadata", "minted", "turns", "revision",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("what", SECRETS)

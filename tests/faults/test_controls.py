@@ -145,14 +145,14 @@ CONTROLS = {
     "a session leaves Redis while its turns are queued": Control(
         [
             Edit(
-                "persistence/lua/prelude.lua",
+                "persistence/lua/lib/set_expiry.lua",
                 "  if unflushed ~= '' or turn ~= '' then\n",
                 "  if turn ~= '' then\n",
             ),
             Edit(
-                "persistence/lua/prelude.lua",
-                "  redis.call('PERSIST', key)\nend\n\n-- An anonymous session",
-                "  redis.call('PEXPIRE', key, session.hot_ttl_s * 1000)\nend\n\n-- An anonymous session",
+                "persistence/lua/lib/emit.lua",
+                "  redis.call('PERSIST', key)\n",
+                "  redis.call('PEXPIRE', key, session.hot_ttl_s * 1000)\n",
             ),
             Edit(
                 "persistence/lua/commit.lua",
@@ -173,17 +173,17 @@ CONTROLS = {
     "what cannot be read is an empty session": Control(
         [
             Edit(
-                "persistence/lua/prelude.lua",
-                "local function confusion(session)\n",
-                "local function confusion(session)\n"
+                "persistence/lua/lib/misplaced.lua",
+                "local function misplaced(session)\n",
+                "local function misplaced(session)\n"
                 "  if not whole(session.turns) then session.turns, session.first_hot, session.flushed = '0', '1', '0' end\n",
             ),
             Edit(
                 "persistence/model/codec.py",
-                "    session = decode_session([fields.get(name)",
-                "    if not fields[b'turns'].isdigit():\n"
-                "        fields = {**fields, b'turns': b'0', b'first_hot': b'1', b'flushed': b'0'}\n"
-                "    session = decode_session([fields.get(name)",
+                "    session = _read([raw.get(name",
+                "    if not raw[b'turns'].isdigit():\n"
+                "        raw = {**raw, b'turns': b'0', b'first_hot': b'1', b'flushed': b'0'}\n"
+                "    session = _read([raw.get(name",
             ),
         ],
         ("field-damaged",),

@@ -107,7 +107,7 @@ async def test_without_the_check_for_nul_the_same_bodies_make_dead_letters_or_5x
 ) -> None:
     """The control."""
     await put_agent("shop")
-    monkeypatch.setattr(reading, "_unstorable", lambda *arguments: None)
+    monkeypatch.setattr(reading, "find_unstorable", lambda *arguments: None)
     outcome = await fuzz_bodies(str(client.base_url), 500)
     await flush()
     dead = await stores.outbox.dead_letters()

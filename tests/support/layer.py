@@ -9,7 +9,7 @@ from uuid_utils.compat import uuid7
 
 from persistence.model.agents import TurnPolicy
 from persistence.model.codec import decode_record
-from persistence.model.session import Access, ChatMessage, Message, NewSession, Record, Session, Turn
+from persistence.model.session import Access, Message, NewSession, Record, Session, Turn
 from persistence.model.times import iso
 from persistence.redis.connection import Client, connect
 from persistence.redis.keys import Keys
@@ -62,9 +62,9 @@ def new_turn(begun: Begun, turn_id: str, message_id: str = "", text: str = "Hell
     return Turn(turn_id, message_id or None, begun.session.message_count + 1, messages)
 
 
-def chat_messages(turns: Sequence[Turn]) -> list[ChatMessage]:
-    """What of these turns a graph is given."""
-    return [ChatMessage(message.id, message.role, message.content) for turn in turns for message in turn.messages]
+def messages_of(turns: Sequence[Turn]) -> list[Message]:
+    """The messages of turns, oldest first."""
+    return [message for turn in turns for message in turn.messages]
 
 
 class Layer:

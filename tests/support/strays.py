@@ -8,17 +8,27 @@ from redis.asyncio.cluster import ClusterNode
 
 from persistence.redis.connection import connect
 from persistence.redis.keys import Keys
+from persistence.redis.linking import link_scripts
 from persistence.redis.pool import Argument, HeldPool
-from persistence.redis.scripts import Scripts, script_texts
+from persistence.redis.scripts import Scripts
 from tests.support.serving import wait_for
 
 
 def question(keys: Keys, session_id: str) -> list[str | int]:
     """What `read` sends about a session."""
     head = keys.head(session_id)
-    arguments = ["session_id", session_id, "nonce", "old", "agent_id", "", "website_domain", "", "authorized", "1"]
     names = [keys.session(session_id), f"{head}fence", f"{head}ticket:{session_id}"]
-    return ["EVAL", script_texts()["read"], 3, *names, *arguments, "count", "10", "ticket_ms", "1000"]
+    given = {
+        "agent_id": "",
+        "website_domain": "",
+        "authorized": "1",
+        "user_id": "",
+        "trusted": "",
+        "count": "10",
+        "ticket_ms": "1000",
+    }
+    text, order = link_scripts()["read"]
+    return ["EVAL", text, 3, *names, session_id, "old", *(given[name] for name in order)]
 
 
 async def leave_reply(
@@ -68,9 +78,7 @@ class TrustingScripts(Scripts):
 
     async def command(self, command: str, key: str, *arguments: Argument, timeout_s: float = 1.8) -> Any:
         """As a plain command: there is nothing in its reply to look at."""
-        tail: list[Argument] = [key, "session_id", "", "nonce", "none", "command", command]
-        for number, argument in enumerate(arguments, 1):
-            tail += [str(number), argument]
+        tail: list[Argument] = [key, "", "none", command, *arguments]
         reply = (await self._evaluate("command", 1, tail, timeout_s))[0]
         return reply[3] if isinstance(reply, list) and reply[2:3] == [b"none"] else reply
 

@@ -45,10 +45,10 @@ ANYBODY = Access()
 
 
 class Recorded(Unlimited):
-    """An admission that records how its turn was settled. Without a `place` or a `session` to give it refuses the turn."""
+    """An admission that records how its turn was closed. Without a `place` or a `session` to give it refuses the turn."""
 
     def __init__(self, *, place: bool = True, session: bool = True) -> None:
-        self.settled: list[Outcome] = []
+        self.closed: list[Outcome] = []
         self._place = place
         self._session = session
 
@@ -60,8 +60,8 @@ class Recorded(Unlimited):
         if not self._session:
             raise RateLimited("no session")
 
-    def settle(self, outcome: Outcome) -> None:
-        self.settled.append(outcome)
+    def close(self, outcome: Outcome) -> None:
+        self.closed.append(outcome)
 
 
 class Graph:
@@ -144,7 +144,7 @@ async def test_a_turn_that_is_cancelled_before_its_begin_is_answered_runs_no_gra
     admission = Recorded()
     with pytest.raises(TurnCancelled):
         await turns.execute(agent, asked(), admission)
-    assert admission.settled == ["ran"]
+    assert admission.closed == ["ran"]
     assert await running_in(stores) == ""
 
     turn_log = await turns.stream(agent, asked())
@@ -169,7 +169,7 @@ async def test_a_cancelled_turn_is_cancelled_even_if_its_graph_answers(
     graph.may_answer.set()
     with pytest.raises(TurnCancelled):
         await running
-    assert admission.settled == ["ran"]
+    assert admission.closed == ["ran"]
     assert (await fields_of(stores, SESSION_ID))["turns"] == "0"
 
 
@@ -214,7 +214,7 @@ async def test_a_turn_that_loses_its_lease_ends_its_graph(
     with pytest.raises(TurnSuperseded):
         await running
     assert graph.cancelled.is_set()
-    assert admission.settled == ["ran"]
+    assert admission.closed == ["ran"]
 
 
 async def test_a_graph_that_answers_after_its_lease_was_lost_commits_nothing(
@@ -248,7 +248,7 @@ async def test_a_commit_whose_replies_are_lost_is_sent_again_and_adds_the_turn_o
     monkeypatch.setattr(stores.sessions, "commit", unheard)
     admission = Recorded()
     result = await turns_on(answering()).execute(agent, asked(), admission)
-    assert (result.response, calls, admission.settled) == ("Answer to Hello", 3, ["ran"])
+    assert (result.response, calls, admission.closed) == ("Answer to Hello", 3, ["ran"])
     assert (await fields_of(stores, SESSION_ID))["turns"] == "1"
 
 
@@ -335,7 +335,7 @@ async def test_a_session_that_leaves_redis_again_and_again_is_refused_for_now(
     with pytest.raises(RedisDown) as raised:
         await turns_on(answering()).execute(agent, asked(), admission)
     assert raised.value.retry_after_s == 1
-    assert admission.settled == ["refused"]
+    assert admission.closed == ["refused"]
 
 
 # --------------------------------------------------------------------------------------------------- what a turn costs
@@ -366,7 +366,7 @@ async def test_a_turn_that_is_refused_costs_nothing_and_asks_redis_for_no_abort(
     monkeypatch.setattr(stores.sessions, "abort", never)
     with pytest.raises(problem):
         await turns_on(answering()).execute(agent, request_, admission)
-    assert admission.settled == ["refused"]
+    assert admission.closed == ["refused"]
 
 
 async def test_an_ended_session_and_a_reused_message_id_cost_nothing(
@@ -380,7 +380,7 @@ async def test_an_ended_session_and_a_reused_message_id_cost_nothing(
     assert not isinstance(await stores.sessions.end(SESSION_ID, ANYBODY), Absent)
     with pytest.raises(SessionEnded):
         await turns.execute(agent, asked(), ended)
-    assert (reused.settled, ended.settled) == (["refused"], ["refused"])
+    assert (reused.closed, ended.closed) == (["refused"], ["refused"])
 
 
 async def test_an_answer_that_is_given_again_and_a_turn_that_is_followed_are_repeated(
@@ -392,12 +392,12 @@ async def test_an_answer_that_is_given_again_and_a_turn_that_is_followed_are_rep
     await graph.started.wait()
     followed, again = Recorded(), Recorded()
     assert await turns.stream(agent, asked(message_id="m1"), followed) == Attached(await running_in(stores))
-    await wait_for(lambda: followed.settled == ["repeated"], "the turn is settled")
+    await wait_for(lambda: followed.closed == ["repeated"], "the turn is closed")
     graph.may_answer.set()
     result = await first
     replayed = await turns.execute(agent, asked(message_id="m1"), again)
     assert replayed.metadata == result.metadata | {"replayed": True}
-    assert again.settled == ["repeated"]
+    assert again.closed == ["repeated"]
 
 
 async def test_a_turn_that_failed_has_run(turns_on: Callable[..., Turns], put_agent: PutAgent) -> None:
@@ -405,7 +405,7 @@ async def test_a_turn_that_failed_has_run(turns_on: Callable[..., Turns], put_ag
     admission = Recorded()
     with pytest.raises(TurnTimeout):
         await turns_on(Graph()).execute(agent, asked(), admission)
-    assert admission.settled == ["ran"]
+    assert admission.closed == ["ran"]
 
 
 async def test_a_turn_that_waited_in_vain_costs_nothing_and_leaves_its_place(
@@ -417,7 +417,7 @@ async def test_a_turn_that_waited_in_vain_costs_nothing_and_leaves_its_place(
     with pytest.raises(TurnInProgress):
         await turns_on(graph, queue_wait_s=0.1).execute(agent, asked("Two"), admission)
     await waiting(stores, 0)
-    assert admission.settled == ["refused"]
+    assert admission.closed == ["refused"]
     graph.may_answer.set()
     await first
 
@@ -435,10 +435,10 @@ async def test_a_turn_whose_pod_drains_while_it_waits_costs_nothing_and_leaves_i
     with pytest.raises(Draining):
         await second
     await waiting(stores, 0)
-    assert admission.settled == ["refused"]
+    assert admission.closed == ["refused"]
     late = Recorded()
     with pytest.raises(Draining):
         await turns.execute(agent, asked("Three"), late)
-    assert late.settled == ["refused"]
+    assert late.closed == ["refused"]
     graph.may_answer.set()
     await first

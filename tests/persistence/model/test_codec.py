@@ -15,7 +15,7 @@ from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.redis import RedisServer
 from persistence.errors import Damaged, DataRefused, PersistenceError, RedisUnavailable
 from persistence.model.codec import decode_record, decode_session, decode_turn, encode_turn
-from persistence.model.fields import HEADER
+from persistence.model.fields import SESSION_FIELDS
 from persistence.model.session import Message, Record, Session, Turn, transcript
 from persistence.model.times import iso, iso_from, moment
 from persistence.redis.outcomes import Begun, Hot, Refused
@@ -23,10 +23,8 @@ from tests.support.layer import ACCESS, AGENT_ID, DOMAIN, OPERATOR, POLICY, Laye
 from tests.support.stored import store_records
 
 BYTES = b"\xff\xfe\x00"
-STATE = (
-    "first_hot", "flushed", "unflushed", "hot_ttl_s", "turn", "turn_fence", "turn_lease_until", "turn_message_id",
-    "waiting", "rate_tat_ms",
-)  # fmt: skip
+HEADER = SESSION_FIELDS.names
+STATE = tuple(field.name for field in SESSION_FIELDS.state)
 
 GARBAGE: list[tuple[str, str | bytes]] = [
     *((name, BYTES) for name in HEADER),

@@ -6,7 +6,6 @@ as format 2 has them. These samples are never made anew: a later version reads t
 
 import json
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,19 +21,14 @@ from persistence.model.codec import decode_record
 from persistence.redis.server_check import check_server
 from persistence.worker import Worker
 from tests.support.pods import fields_of
+from tests.support.samples import FLUSHED, REFUSED, WAITING, Sample, load_sample, store_sample
 from tests.support.serving import wait_for
 from tests.support.sse import kinds, resume
 from tests.support.stored import another, contents, entries_of, ttl_of
 from tests.support.stored import say as say_in_redis
 from tests.support.visiting import Flush, Rows, post_message, problem
 
-SAMPLES = Path(__file__).parents[2] / "data" / "formats"
 HEADERS = {"Origin": "https://shop.example"}
-FLUSHED = "session_of_format_1_flushed"
-WAITING = "session_of_format_1_waiting"
-REFUSED = "session_of_format_1_with_a_dead_letter"
-
-Sample = dict[str, dict[str, Any]]
 
 
 def as_it_was_written(sample: Sample) -> None:
@@ -79,35 +73,6 @@ def _compact(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
-def load_sample(records: int = 1) -> Sample:
-    """What is stored, the records in that format."""
-    sample: Sample = {}
-    for number in range(1, records + 1):
-        for file in sorted((SAMPLES / str(number)).glob("*.json")):
-            sample |= json.loads(file.read_text())
-    return sample
-
-
-async def store(stores: Stores, sample: Sample) -> None:
-    """Puts the sample into Redis."""
-    for key, stored in sample.items():
-        value = stored["value"]
-        match stored["type"]:
-            case "hash":
-                await stores.client.hset(key, mapping=value)
-            case "stream":
-                for entry, fields in value.items():
-                    await stores.client.xadd(key, fields, id=entry)
-            case "zset":
-                await stores.client.zadd(key, value)
-            case "string":
-                await stores.client.set(key, value)
-            case kind:
-                raise AssertionError(kind)
-        if stored["ttl"]:
-            await stores.client.expire(key, 300)
-
-
 @pytest.fixture(params=[1, 2], ids=["records-1", "records-2"])
 def records(request: pytest.FixtureRequest) -> int:
     """The format of the records."""
@@ -121,7 +86,7 @@ async def sample(request: pytest.FixtureRequest, stores: Stores, records: int) -
     change: Callable[[Sample], None] = request.param
     sample = load_sample(records)
     change(sample)
-    await store(stores, sample)
+    await store_sample(stores.client, sample)
     return sample
 
 
@@ -196,7 +161,7 @@ async def test_a_stored_dead_letter_can_be_retried(
 async def test_what_is_not_known_stays_where_it_is(stores: Stores, client: httpx.AsyncClient, flush: Flush) -> None:
     sample = load_sample()
     as_the_next_version_may_write(sample)
-    await store(stores, sample)
+    await store_sample(stores.client, sample)
     await say(client, WAITING, "Still there?")
     await flush()
     fields = await fields_of(stores, WAITING)
@@ -208,7 +173,7 @@ async def test_what_is_not_known_stays_where_it_is(stores: Stores, client: httpx
 
 
 async def test_a_session_of_a_later_format_is_refused_and_left_as_it_is(stores: Stores, client: httpx.AsyncClient) -> None:
-    await store(stores, load_sample())
+    await store_sample(stores.client, load_sample())
     key = stores.keys.session(WAITING)
     await stores.client.hset(key, "format", "2")
     before = await stores.client.hgetall(key)
@@ -284,7 +249,7 @@ async def test_a_version_that_insists_on_a_field_it_has_added_reads_no_stored_se
     """Control: to a sample without a field that this version insists on, the test above would say so."""
     sample = load_sample()
     del sample[f"gw:{{0}}:session:{WAITING}"]["value"][field]
-    await store(stores, sample)
+    await store_sample(stores.client, sample)
     answer = await client.get(f"/api/sessions/{WAITING}/messages", headers=HEADERS)
     problem(answer, 500, "session_damaged")
     await stores.client.delete(stores.keys.session(WAITING))

@@ -23,8 +23,8 @@ from persistence.model.agents import Agent, AgentDefinition, TurnPolicy
 from persistence.model.session import Access
 from persistence.model.times import iso
 from persistence.postgres.postgres import SessionFilter
+from persistence.redis.linking import link_scripts
 from persistence.redis.outcomes import Begun
-from persistence.redis.scripts import script_texts
 from persistence.redis.shared_limits import DayUpdate, LimitUpdate, RateUpdate, RunningUpdate, SharedLimits
 from persistence.worker import Worker
 from tests.conftest import TABLES
@@ -144,7 +144,7 @@ async def test_a_script_that_touches_a_key_of_another_slot_is_refused(layer: Lay
     else:
         assert await layer.client.execute_command("EVAL", text, 1, here, there) == b"done"
         assert await layer.client.execute_command("GET", there) == b"x"
-    assert all(script.startswith("#!lua") for script in script_texts().values())
+    assert all(script.text.startswith("#!lua") for script in link_scripts().values())
 
 
 def _on_the_same_node(client: Any, key: str, layer: Layer) -> str:

@@ -26,7 +26,7 @@ from persistence.redis.outbox import DeadLetter
 from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Opened, Refused, Replay
 from persistence.redis.scripts import Scripts
 from persistence.redis.turn_logs import TurnLogs
-from tests.support.layer import ACCESS, Layer, chat_messages, new_id, new_session, new_turn
+from tests.support.layer import ACCESS, Layer, messages_of, new_id, new_session, new_turn
 from tests.support.rule import miscounts
 
 Outcome = TypeVar("Outcome")
@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
             assert isinstance(outcome, Begun)
             assert outcome.fence > self.fence
             self.fence = outcome.fence
-            assert outcome.history == chat_messages(one.turns[-HOT:])
+            assert outcome.history == messages_of(one.turns[-HOT:])
             again = await self.layer.sessions.begin(one.session_id, turn_id, ACCESS, POLICY, message_id=message_id)
             assert isinstance(again, Begun)
             assert (again.fence, again.session, again.history) == (outcome.fence, outcome.session, outcome.history)

@@ -22,7 +22,7 @@ from persistence.redis.connection import call, connect, connection_options
 from persistence.redis.keys import Keys
 from persistence.redis.outcomes import Committed, Hot, Opened
 from persistence.redis.pool import HeldPool
-from persistence.redis.scripts import Scripts, script_texts
+from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
 from tests.support.layer import ACCESS, OPERATOR, POLICY, Layer, new_id, new_session, new_turn, redis_layer
 from tests.support.proxy import Proxy, proxy_before
@@ -514,17 +514,6 @@ async def test_more_calls_than_connections_wait_for_each_other(layer: Layer) -> 
     assert [tells(session) for session in found] == [ids[number % 10] for number in range(500)]
     assert isinstance(layer.scripts._pool, HeldPool)
     assert len(layer.scripts._pool._idle) <= 64
-
-
-def test_every_script_gets_the_prelude_behind_its_first_line() -> None:
-    texts = script_texts()
-    assert "prelude" not in texts
-    for name, text in texts.items():
-        first = text.split("\n", 1)[0]
-        assert first in ("#!lua", "#!lua flags=allow-oom"), name
-        own = (ROOT / "persistence/lua" / f"{name}.lua").read_text()
-        assert text.endswith(own.split("\n", 1)[1]), name
-        assert ("local function load(" in text) == ("load(" in own), f"{name} has what it uses, and no more"
 
 
 def test_nothing_stored_is_read_or_written_but_through_the_scripts() -> None:

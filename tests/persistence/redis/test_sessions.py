@@ -14,17 +14,18 @@ from uuid_utils.compat import uuid7
 from gateway.dev.servers.redis import RedisServer
 from persistence.errors import CommandRefused, Damaged
 from persistence.model.agents import Agent, AgentDefinition, TurnPolicy
-from persistence.model.fields import HEADER
+from persistence.model.fields import SESSION_FIELDS
 from persistence.model.session import Access, Session, Snapshot
 from persistence.model.times import iso
 from persistence.redis import keys
 from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.connection import Client
 from persistence.redis.keys import GROUP
+from persistence.redis.linking import link_scripts
 from persistence.redis.log_entries import LoggedEvent, Part
 from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Opened, Queued, Refused, Replay
 from persistence.redis.pool import Argument
-from persistence.redis.scripts import Scripts, script_texts
+from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
 from persistence.redis.shared_limits import DayUpdate, LimitUpdate, RateUpdate, RunningUpdate, SharedLimits
 from persistence.redis.turn_logs import TurnLogs
@@ -35,7 +36,7 @@ from tests.support.layer import (
     OPERATOR,
     POLICY,
     Layer,
-    chat_messages,
+    messages_of,
     new_id,
     new_session,
     new_turn,
@@ -172,7 +173,7 @@ async def test_a_turn_gets_the_session_and_its_newest_turns(layer: Layer) -> Non
     session_id = (await layer.open()).session_id
     turns = [await layer.chat(session_id, f"message {n}") for n in range(1, 6)]
     begun, _ = await layer.begin(session_id, policy=with_policy(hot_turns=3))
-    assert begun.history == chat_messages(turns[2:])
+    assert begun.history == messages_of(turns[2:])
     assert begun.session.message_count == 10
     assert abs(begun.now_ms - await layer.redis_ms()) < 5000
 
@@ -742,7 +743,7 @@ async def test_a_hydrated_session_goes_on_where_it_was(layer: Layer) -> None:
     assert (hot.session, hot.turns, hot.first_hot, hot.flushed) == (snapshot.session, snapshot.turns, 1, 3)
     assert 59_000 < hot.ttl_ms <= 60_000
     begun, _ = await layer.begin(session_id)
-    assert begun.history == chat_messages(snapshot.turns)
+    assert begun.history == messages_of(snapshot.turns)
     replayed = await layer.sessions.begin(session_id, "x", ACCESS, POLICY, message_id="m0")
     assert isinstance(replayed, Replay)
 
@@ -753,7 +754,7 @@ async def test_a_session_is_hydrated_with_its_newest_turns_only(layer: Layer) ->
     part = Snapshot(snapshot.session, 4, snapshot.turns[3:])
     assert await layer.sessions.hydrate(part, await ticket_for(layer, session_id), 60)
     begun, turn_id = await layer.begin(session_id)
-    assert begun.history == chat_messages(snapshot.turns[3:])
+    assert begun.history == messages_of(snapshot.turns[3:])
     await layer.commit(begun, new_turn(begun, turn_id))
     hot = await layer.read(session_id)
     assert (hot.first_hot, hot.session.turns, len(hot.turns)) == (4, 6, 3)
@@ -1029,7 +1030,7 @@ NOT_REPEATED = {"read", "follow", "take", "limit", "command", "leave"}
 
 
 def test_every_write_script_is_among_those_repeated_here() -> None:
-    assert set(REPEATED) | NOT_REPEATED == set(script_texts())
+    assert set(REPEATED) | NOT_REPEATED == set(link_scripts())
 
 
 @pytest.mark.parametrize("name", REPEATED)
@@ -1127,10 +1128,17 @@ class RecordingScripts(Scripts):
         self.declared: set[str] = set()
 
     async def run(
-        self, name: str, session_id: str, keys: Sequence[str], arguments: Mapping[str, Argument], timeout_s: float = 1.8
+        self,
+        name: str,
+        session_id: str,
+        keys: Sequence[str],
+        arguments: Mapping[str, Argument],
+        timeout_s: float = 1.8,
+        *,
+        rest: Sequence[Argument] = (),
     ) -> list[Any]:
         self.declared.update(keys)
-        return await super().run(name, session_id, keys, arguments, timeout_s)
+        return await super().run(name, session_id, keys, arguments, timeout_s, rest=rest)
 
 
 def key_table() -> list[tuple[str, str, str]]:
@@ -1178,7 +1186,7 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
 
 def test_no_script_touches_a_key_that_it_did_not_bind_first() -> None:
     """KEYS and ARGV are bound at the top, and no name of a key is made up in Lua."""
-    for name, text in script_texts().items():
+    for name, (text, _) in link_scripts().items():
         own = (LUA / f"{name}.lua").read_text()
         assert own.startswith("#!lua"), name
         assert "gw:" not in text, name
@@ -1190,18 +1198,8 @@ def test_no_script_touches_a_key_that_it_did_not_bind_first() -> None:
             assert re.fullmatch(r"key|outbox_key|\w+_key|(session|events)_keys\[index\]", key.strip()), f"{name}: {key}"
 
 
-def test_python_and_lua_agree_on_the_header() -> None:
-    prelude = (LUA / "prelude.lua").read_text()
-    table = re.search(r"local HEADER = \{(.*?)\}", prelude, re.DOTALL)
-    assert table
-    assert tuple(re.findall(r"'(\w+)'", table[1])) == HEADER
-
-
-async def test_a_new_session_has_every_field_of_the_prelude_and_no_other(layer: Layer) -> None:
-    prelude = (LUA / "prelude.lua").read_text()
-    state = re.search(r"local STATE = \{(.*?)\}", prelude, re.DOTALL)
-    assert state
-    names = {*HEADER, *re.findall(r"'(\w+)'", state[1])}
+async def test_a_new_session_has_every_field_of_the_list_and_no_other(layer: Layer) -> None:
+    names = {"format", *(field.name for field in SESSION_FIELDS)}
     session_id = (await layer.open()).session_id
     assert set(await layer.fields(session_id)) == names
     await layer.flush()
@@ -1217,8 +1215,8 @@ async def test_a_new_session_has_every_field_of_the_prelude_and_no_other(layer: 
 
 
 async def in_lua(client: Client, body: str, arguments: Sequence[str | int]) -> list[bytes]:
-    """Runs a script of the prelude's functions."""
-    text = f"#!lua\n{(LUA / 'prelude.lua').read_text()}\n{body}"
+    """Runs a script of the library's functions for timestamps."""
+    text = "\n".join(["#!lua", *((LUA / "lib" / f"{name}.lua").read_text() for name in ("iso", "from_iso")), body])
     reply: list[bytes] = await client.execute_command("EVAL", text, 0, *arguments)
     return reply
 
