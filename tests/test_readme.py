@@ -1,32 +1,53 @@
-"""The README says what is: its settings and its map are compared with the code."""
+"""The READMEs say what is: their links lead somewhere, their maps name every module, their settings exist."""
 
 import re
+from pathlib import Path
 
 import msgspec
+import pytest
 
 from gateway.settings import Settings
-from persistence.model.fields import SESSION_FIELDS
 from tests.support.serving import ROOT
 
-README = (ROOT / "README.md").read_text()
+READMES = sorted(
+    path for folder in ("gateway", "persistence", "scripts", "tests") for path in (ROOT / folder).rglob("README.md")
+)
+ALL = [ROOT / "README.md", *READMES]
 
 
-def test_every_setting_that_the_readme_names_exists() -> None:
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def test_the_readme_is_short_and_the_others_are_there() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+    folders = (
+        "gateway",
+        "gateway/api",
+        "gateway/widget",
+        "persistence",
+        "scripts/benchmarks",
+        "tests/attacks",
+        "tests/chaos",
+    )
+    assert {f"{folder}/README.md" for folder in folders} <= set(map(name_of, READMES))
+
+
+@pytest.mark.parametrize("readme", ALL, ids=name_of)
+def test_every_link_leads_somewhere(readme: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", readme.read_text())
+    assert [link for link in links if "//" not in link and not (readme.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("readme", ALL, ids=name_of)
+def test_every_setting_that_is_named_exists(readme: Path) -> None:
     """All of them are described by `gateway settings`."""
-    named = set(re.findall(r"`GATEWAY_([A-Z_]+)`", README))
+    named = set(re.findall(r"`GATEWAY_([A-Z_]+)`", readme.read_text()))
     assert named - {field.name.upper() for field in msgspec.structs.fields(Settings)} == set()
 
 
-def test_every_file_of_the_map_exists() -> None:
-    named = re.findall(r"`((?:gateway|persistence|tests)/[\w/.]*)`", README)
-    assert len(named) > 20
-    assert [path for path in named if not (ROOT / path).exists()] == []
-
-
-def test_every_field_of_a_session_hash_that_is_named_exists_and_is_explained() -> None:
-    """The list of fields explains each; the README's table says the same in fewer words."""
-    assert all(field.meaning for field in SESSION_FIELDS)
-    table = README.split("| field of a session | meaning |", 1)[1].split("\n\n", 1)[0]
-    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\|([^|]*)\|", table, re.MULTILINE))))
-    assert len(named) > 25
-    assert named <= {"format", "dead", *(field.name for field in SESSION_FIELDS)}
+def test_the_map_of_the_gateway_names_every_module() -> None:
+    room = ROOT / "gateway"
+    linked = {(room / link).resolve() for link in re.findall(r"\]\(([^)]+)\)", (room / "README.md").read_text())}
+    modules = {path for path in room.rglob("*.py") if path.name != "__init__.py" and path.parts[len(room.parts)] != "api"}
+    assert {name_of(path) for path in modules - linked} == set()
