@@ -22,8 +22,10 @@ from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
 from gateway.streams.events import TERMINAL
 from persistence.model.agents import AgentDefinition
+from persistence.redis.linking import link_scripts
 from tests.conftest import PutAgent
 from tests.support.balancer import Balancer, balancer_before
+from tests.support.pods import rewrite
 from tests.support.serving import GatewayProcess, wait_for
 from tests.support.spoken import Spoken, SpokenPod, new_session_id, spoken_pod, stored_events
 from tests.support.sse import Event, check_whole, kinds, resume, speak, text_of, watch
@@ -179,12 +181,9 @@ async def test_control_without_its_first_number_a_log_is_resumed_wrongly(
     await put_agent("shop", graph="spoken")
     async with spoken_pod(settings, spoken) as pod, spoken_pod(settings, spoken) as other:
         session_id = new_session_id()
-        texts = pod.stores.scripts._texts
-        for name in texts:
-            texts[name] = texts[name].replace("'first', args.first", "'first', '1'")
-        # Other texts under the old digests: Redis does not know them yet.
-        await pod.stores.client.execute_command("SCRIPT", "FLUSH")
-        pod.stores.scripts._digests = {name: "0" * 40 for name in texts}
+        numbered = "'first', args.first"
+        for name in [name for name, script in link_scripts().items() if numbered in script.text]:
+            rewrite(pod.stores.scripts, name, lambda text: text.replace(numbered, "'first', '1'"))
         async with speak(pod.client, session_id, "Hello") as stream:
             for piece in ("one ", "two "):
                 spoken.say("Hello", piece)
@@ -374,11 +373,8 @@ async def test_control_without_gap_detection_what_redis_lost_is_missing(
     await put_agent("shop", graph="spoken")
     async with AsyncExitStack() as stack:
         pods = [await stack.enter_async_context(spoken_pod(settings, spoken)) for _ in range(2)]
-        scripts = pods[0].stores.scripts
         guard = "if tail ~= tonumber(args.after) then return reply('gap', tail) end"
-        assert guard in scripts._texts["append"]
-        scripts._texts["append"] = scripts._texts["append"].replace(guard, "")
-        scripts._digests["append"] = "0" * 40
+        rewrite(pods[0].stores.scripts, "append", lambda text: text.replace(guard, ""))
         session_id = new_session_id()
         async with speak(pods[0].client, session_id, "Hello") as stream:
             turn_id = (await stream.take(1))[0].data["turn_id"]

@@ -15,6 +15,7 @@ FILES = (
     "test_package",
     "test_servers",
     "test_dev",
+    "test_cli",
 )
 """By their names alone, in whichever folder."""
 TESTS = (
