@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.routing import BaseRoute
 
 from gateway import __version__
-from gateway.access.admin_key import AdminDoor, AdminKeys
+from gateway.access.admin_key import AdminAccess, AdminKeys
 from gateway.access.gatekeeper import Gatekeeper
 from gateway.access.tokens import SessionTokens
 from gateway.agents import Agents
@@ -82,7 +82,7 @@ class Stores:
             max_backlog_bytes=settings.max_backlog_bytes,
         )
         self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
-        self.logs = TurnLogs(self.scripts, self.keys)
+        self.turn_logs = TurnLogs(self.scripts, self.keys)
         self.agent_copies = AgentCopies(self.scripts, self.keys)
         self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
         self.agents = Agents(self.agent_copies, self.postgres)
@@ -117,16 +117,16 @@ class Pod:
             stores.scripts,
             stores.keys,
             stores.sessions,
-            stores.logs,
+            stores.turn_logs,
             stores.postgres,
             stores.hydrator,
             stores.outbox,
         )
         self.wakeups = WakeUps(stores.client, stores.keys)
-        self.streams = Streams(self.history, stores.sessions, stores.logs, self.wakeups, stores.keys)
+        self.streams = Streams(self.history, stores.sessions, stores.turn_logs, self.wakeups, stores.keys)
         self.turns = Turns(
             stores.sessions,
-            stores.logs,
+            stores.turn_logs,
             self.streams,
             stores.hydrator,
             graphs.run,
@@ -154,7 +154,7 @@ class Pod:
         keys = [key for key in (settings.secret_key, settings.secret_key_previous) if key]
         tokens = SessionTokens(keys, settings.token_ttl_s)
         admin_keys = AdminKeys(settings.admin_key, settings.admin_key_previous)
-        gatekeeper = Gatekeeper(tokens, AdminDoor(admin_keys, plaintext=settings.admin_plaintext))
+        gatekeeper = Gatekeeper(tokens, AdminAccess(admin_keys, plaintext=settings.admin_plaintext))
         bounds = BodyBounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_metadata_bytes)
         entrance = Entrance(stores.agents, self.history, gatekeeper, self.limiter)
         reference = ReferenceApi()
@@ -164,7 +164,7 @@ class Pod:
                 self.runtime,
                 self.streams,
                 self.history,
-                stores.logs,
+                stores.turn_logs,
                 gatekeeper,
                 self.limiter,
                 self.open_streams,

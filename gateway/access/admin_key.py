@@ -81,7 +81,7 @@ class FailedAttempts:
             del self._windows[client]
 
 
-class AdminDoor:
+class AdminAccess:
     """Accepts or refuses attempts to use an admin key. `plaintext` accepts them without TLS."""
 
     def __init__(self, keys: AdminKeys, *, plaintext: bool, attempts: FailedAttempts | None = None) -> None:

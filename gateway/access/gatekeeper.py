@@ -8,7 +8,7 @@ from hashlib import sha256
 
 from starlette.requests import Request
 
-from gateway.access.admin_key import AdminDoor
+from gateway.access.admin_key import AdminAccess
 from gateway.access.audit import Operator
 from gateway.access.caller import Caller, address_of, request_id
 from gateway.access.domains import AllowedDomains
@@ -41,9 +41,9 @@ KNOWN_AGENTS = 10_000
 class Gatekeeper:
     """The access of callers to agents and sessions; one for all routes."""
 
-    def __init__(self, tokens: SessionTokens, door: AdminDoor) -> None:
+    def __init__(self, tokens: SessionTokens, admin: AdminAccess) -> None:
         self._tokens = tokens
-        self._door = door
+        self._admin = admin
         self._domains: dict[str, AllowedDomains] = {}
         # As digests: the keys themselves are kept in one place only.
         self._site_keys: set[bytes] = set()
@@ -66,7 +66,7 @@ class Gatekeeper:
             return None
         if not hasattr(request.state, "operator"):
             address = address_of(request)
-            key = self._door.try_key(given, address, request.url.scheme, request.headers, request_id(request))
+            key = self._admin.try_key(given, address, request.url.scheme, request.headers, request_id(request))
             request.state.operator = Operator(address, request_id(request), key) if key else None
         operator: Operator | None = request.state.operator
         return operator

@@ -1,6 +1,6 @@
 """The built-in graph `chat`: a chat model through LangChain's `init_chat_model`, set up by the agent's config.
 
-Needs the dependency group `llm`. A provider's key comes from the environment, as its package reads it, and a `base_url`
+Needs the extra `llm`. A provider's key comes from the environment, as its package reads it, and a `base_url`
 from the operator's list: a visitor's request can name neither.
 """
 

@@ -29,7 +29,7 @@ class GraphError(Exception):
 async def load_graphs(file: Path | None, base_urls: Sequence[str] = ()) -> Graphs:
     """The built-in graphs and those of the operator's langgraph.json (None: none). Raises GraphError.
 
-    `base_urls` are the endpoints that agents on the graph `chat` may name; that graph needs the dependency group `llm`.
+    `base_urls` are the endpoints that agents on the graph `chat` may name; that graph needs the extra `llm`.
     """
     graphs = {"echo": echo_graph()}
     checks: dict[str, CheckConfig] = {"echo": check_echo}

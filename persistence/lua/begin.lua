@@ -77,7 +77,7 @@ if busy and message ~= '' and string.match(session.turn_message_id, '^%S*') == a
 end
 -- A new turn is refused before it interrupts another or waits for it in vain.
 if backlog_full(outbox_key, bytes_key) then return reply('backlog_full') end
--- Who interrupts is told whom: cancelling that turn comes first, and its log ends with it.
+-- An interrupting turn gets the id of the running one: it cancels that first, which ends its log.
 if busy and args.if_busy == 'interrupt' then return reply('busy', lease_until - now, 0, session.turn) end
 if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) then
   if args.if_busy == 'reject' then return reply('busy', math.max(lease_until - now, 0), 0, session.turn) end

@@ -9,7 +9,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from gateway.access.admin_key import FAILURES, PER_S, AdminDoor, AdminKeys, FailedAttempts, is_local
+from gateway.access.admin_key import FAILURES, PER_S, AdminAccess, AdminKeys, FailedAttempts, is_local
 from gateway.access.audit import Operator, audited, changed, refused
 from gateway.access.caller import kept_address
 from gateway.limits.buckets import network
@@ -36,13 +36,13 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def door(clock: Clock) -> Iterator[AdminDoor]:
+def door(clock: Clock) -> Iterator[AdminAccess]:
     """A door whose attempts go by the test's clock; its log lines go nowhere."""
     with capture_logs():
-        yield AdminDoor(AdminKeys(KEY, PREVIOUS), plaintext=False, attempts=FailedAttempts(clock=clock))
+        yield AdminAccess(AdminKeys(KEY, PREVIOUS), plaintext=False, attempts=FailedAttempts(clock=clock))
 
 
-def knock(door: AdminDoor, credentials: str, address: str = HERE, scheme: str = "http", **headers: str) -> str:
+def knock(door: AdminAccess, credentials: str, address: str = HERE, scheme: str = "http", **headers: str) -> str:
     """Tries a key."""
     return door.try_key(credentials, address, scheme, {name.replace("_", "-"): headers[name] for name in headers}, "id")
 
@@ -86,7 +86,7 @@ def test_what_is_compared_is_of_one_length_whatever_is_given(monkeypatch: pytest
     assert compared == [(32, 32)] * 10, "both keys each time, also after the first has matched"
 
 
-def test_after_some_wrong_keys_even_the_right_one_is_not_compared_for_a_minute(door: AdminDoor, clock: Clock) -> None:
+def test_after_some_wrong_keys_even_the_right_one_is_not_compared_for_a_minute(door: AdminAccess, clock: Clock) -> None:
     for _ in range(FAILURES):
         assert knock(door, "wrong") == ""
     for given in ("wrong", KEY):
@@ -97,7 +97,7 @@ def test_after_some_wrong_keys_even_the_right_one_is_not_compared_for_a_minute(d
     assert knock(door, KEY) == "current"
 
 
-def test_what_is_tried_meanwhile_does_not_prolong_it(door: AdminDoor, clock: Clock) -> None:
+def test_what_is_tried_meanwhile_does_not_prolong_it(door: AdminAccess, clock: Clock) -> None:
     for _ in range(FAILURES):
         knock(door, "wrong")
     for _ in range(100):
@@ -108,7 +108,7 @@ def test_what_is_tried_meanwhile_does_not_prolong_it(door: AdminDoor, clock: Clo
     assert knock(door, KEY) == "current"
 
 
-def test_right_keys_are_never_counted_and_wrong_ones_are_forgotten(door: AdminDoor, clock: Clock) -> None:
+def test_right_keys_are_never_counted_and_wrong_ones_are_forgotten(door: AdminAccess, clock: Clock) -> None:
     for _ in range(5):
         for _ in range(FAILURES - 1):
             assert knock(door, "wrong") == ""
@@ -116,7 +116,7 @@ def test_right_keys_are_never_counted_and_wrong_ones_are_forgotten(door: AdminDo
         clock.now += PER_S
 
 
-def test_one_address_does_not_shut_out_another(door: AdminDoor) -> None:
+def test_one_address_does_not_shut_out_another(door: AdminAccess) -> None:
     for _ in range(FAILURES):
         knock(door, "wrong", ELSEWHERE, "https")
     with pytest.raises(RateLimited):
@@ -124,7 +124,7 @@ def test_one_address_does_not_shut_out_another(door: AdminDoor) -> None:
     assert knock(door, KEY, "203.0.113.8", "https") == "current"
 
 
-def test_all_addresses_of_one_ipv6_customer_are_one(door: AdminDoor) -> None:
+def test_all_addresses_of_one_ipv6_customer_are_one(door: AdminAccess) -> None:
     for number in range(FAILURES):
         knock(door, "wrong", f"2001:db8:1:2::{number}", "https")
     with pytest.raises(RateLimited):
@@ -166,7 +166,7 @@ def test_what_is_remembered_of_addresses_is_bounded(clock: Clock, monkeypatch: p
     ],
 )
 def test_a_key_is_taken_over_tls_or_from_this_machine(
-    door: AdminDoor, address: str, scheme: str, headers: dict[str, str], taken: bool
+    door: AdminAccess, address: str, scheme: str, headers: dict[str, str], taken: bool
 ) -> None:
     if taken:
         assert knock(door, KEY, address, scheme, **headers) == "current"
@@ -176,12 +176,12 @@ def test_a_key_is_taken_over_tls_or_from_this_machine(
 
 
 def test_where_it_is_configured_so_a_key_is_taken_in_plain() -> None:
-    assert knock(AdminDoor(AdminKeys(KEY), plaintext=True), KEY, ELSEWHERE) == "current"
+    assert knock(AdminAccess(AdminKeys(KEY), plaintext=True), KEY, ELSEWHERE) == "current"
     assert not is_local(ELSEWHERE, {})
 
 
 def test_a_refusal_is_logged_with_its_address_and_without_the_key(clock: Clock) -> None:
-    door = AdminDoor(AdminKeys(KEY), plaintext=False, attempts=FailedAttempts(clock=clock))
+    door = AdminAccess(AdminKeys(KEY), plaintext=False, attempts=FailedAttempts(clock=clock))
     with capture_logs() as logs:
         for _ in range(3 * FAILURES):
             with suppress(RateLimited):

@@ -127,7 +127,7 @@ async def test_one_of_a_known_user_and_one_that_needs_its_token_go_too(stores: S
 
 async def test_the_logs_of_its_turns_go_too(stores: Stores, flush: Flush, rows: Rows) -> None:
     turn_id, begun = await begin(stores, OLD)
-    await stores.logs.append(OLD, turn_id, begun.fence, Part(0, [LoggedEvent(1, "text.delta", b"{}")]))
+    await stores.turn_logs.append(OLD, turn_id, begun.fence, Part(0, [LoggedEvent(1, "text.delta", b"{}")]))
     await stores.sessions.abort(OLD, turn_id, begun.fence)
     await flush()
     assert await stores.client.exists(stores.keys.events(OLD, turn_id))

@@ -128,7 +128,7 @@ async def begin_and_die(pod: SpokenPod, stores: Stores, session_id: str) -> Begu
     stores.sessions.lease_ms = lease_ms
     assert isinstance(begun, Begun)
     fence = begun.fence
-    writer = TurnWriter(stores.logs, session_id, turn_id, fence)
+    writer = TurnWriter(stores.turn_logs, session_id, turn_id, fence)
     writer.emit(TurnStarted(turn_id, session_id))
     await stored_events(stores, session_id, turn_id, 1)
     return begun

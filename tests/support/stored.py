@@ -219,7 +219,7 @@ def history_of(stores: Stores) -> History:
         stores.scripts,
         stores.keys,
         stores.sessions,
-        stores.logs,
+        stores.turn_logs,
         stores.postgres,
         stores.hydrator,
         stores.outbox,

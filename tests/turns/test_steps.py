@@ -99,7 +99,9 @@ def turns_on(pod: Pod) -> Callable[..., Turns]:
 
     def make(graph: Graph, store: SessionStore | None = None, **options: Any) -> Turns:
         stores = pod.stores
-        return Turns(store or stores.sessions, stores.logs, pod.streams, stores.hydrator, graph.run, pod.metrics, **options)
+        return Turns(
+            store or stores.sessions, stores.turn_logs, pod.streams, stores.hydrator, graph.run, pod.metrics, **options
+        )
 
     return make
 
@@ -134,7 +136,7 @@ async def test_a_turn_that_is_cancelled_before_its_begin_is_answered_runs_no_gra
     async def slowly(session_id: str, turn_id: str, *arguments: Any, **named: Any) -> Any:
         found = await begin(session_id, turn_id, *arguments, **named)
         if isinstance(found, Begun):
-            assert await stores.logs.cancel(session_id, turn_id, ANYBODY) is True
+            assert await stores.turn_logs.cancel(session_id, turn_id, ANYBODY) is True
             turns.cancel(turn_id)
             if anew:
                 found = await begin(session_id, turn_id, *arguments, **named)
@@ -163,7 +165,7 @@ async def test_a_cancelled_turn_is_cancelled_even_if_its_graph_answers(
     running = asyncio.create_task(turns.execute(agent, asked(), admission))
     await graph.started.wait()
     turn_id = await running_in(stores)
-    assert await stores.logs.cancel(SESSION_ID, turn_id, ANYBODY) is True
+    assert await stores.turn_logs.cancel(SESSION_ID, turn_id, ANYBODY) is True
     turns.cancel(turn_id)
     await graph.cancelled.wait()
     graph.may_answer.set()
@@ -180,7 +182,7 @@ async def test_a_turn_that_is_cancelled_while_it_commits_is_cancelled(
     commit = stores.sessions.commit
 
     async def late(begun: Begun, turn: Any, *arguments: Any) -> Any:
-        assert await stores.logs.cancel(SESSION_ID, turn.id, ANYBODY) is True
+        assert await stores.turn_logs.cancel(SESSION_ID, turn.id, ANYBODY) is True
         turns.cancel(turn.id)
         return await commit(begun, turn, *arguments)
 

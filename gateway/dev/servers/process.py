@@ -1,7 +1,7 @@
 """Real Redis and PostgreSQL servers as child processes, for the development command, the tests and the scripts.
 
 It owns how such a server is found, configured, started, waited for and ended. Nothing here runs in production, where
-the servers exist already; so it imports the standard library only, and finds the packages of the dependency group
+the servers exist already; so it imports the standard library only, and finds the packages of the extra
 `local` without importing them.
 
 What always holds: it ends only processes that it started. A server that outlived an earlier run (its parent was killed)
