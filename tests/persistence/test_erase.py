@@ -385,7 +385,7 @@ class Race:
         return not fields["unflushed"] or bool(fields.get("dead"))
 
     async def _log(self, session_id: str, turn_id: str, begun: Begun) -> None:
-        await self._stores.logs.append(session_id, turn_id, begun.fence, Part(0, [LoggedEvent(1, "text.delta", b"{}")]))
+        await self._stores.turn_logs.append(session_id, turn_id, begun.fence, Part(0, [LoggedEvent(1, "text.delta", b"{}")]))
 
     async def check(self, rows: Rows) -> None:
         """Nothing of any of the sessions is anywhere."""
