@@ -102,8 +102,6 @@ def turns_on(pod: Pod) -> Callable[..., Turns]:
         return Turns(
             store or stores.sessions, stores.turn_logs, pod.streams, stores.hydrator, graph.run, pod.metrics, **options
         )
-            store or stores.sessions, stores.turn_logs, pod.streams, stores.hydrator, graph.run, pod.metrics, **options
-        )
 
     return make
 
