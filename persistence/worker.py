@@ -52,7 +52,7 @@ class Worker:
         self._fields = fields
         self._outbox = outbox
         self._postgres = postgres
-        self._housekeeping = housekeeping
+        self.housekeeping = housekeeping
         self._housekeep_s = housekeep_s
         self._stopping = asyncio.Event()
         self._claim_at = 0.0
@@ -100,7 +100,7 @@ class Worker:
                     continue
 
     async def _housekeep(self) -> float:
-        return 0 if await self._housekeeping.run_once() else self._housekeep_s
+        return 0 if await self.housekeeping.run_once() else self._housekeep_s
 
     async def _flush_all(self) -> float:
         began = monotonic()

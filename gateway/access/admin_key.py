@@ -56,6 +56,11 @@ class FailedAttempts:
         # Window end and failures by client, the window that ends first at the front.
         self._windows: dict[str, tuple[float, int]] = {}
 
+    @property
+    def clients(self) -> int:
+        """Clients with a window."""
+        return len(self._windows)
+
     def wait_s(self, address: str) -> float:
         """Seconds until keys from this address are compared again; 0 when they are."""
         ends_at, failures = self._windows.get(network(address), (0.0, 0))

@@ -74,7 +74,7 @@ async def run_dev(options: DevOptions, environment: Mapping[str, str]) -> None:
             shown["postgres"] = f"{psql} {postgres.url}"
         if interrupted.is_set():
             return
-        settings = _settings(options, variables)
+        settings = dev_settings(options, variables)
         stores = Stores(settings)
         stack.push_async_callback(stores.close)
         await _migrate(stores)
@@ -120,7 +120,7 @@ def _shown_path(path: Path) -> str:
         return str(path)
 
 
-def _settings(options: DevOptions, variables: dict[str, str]) -> Settings:
+def dev_settings(options: DevOptions, variables: dict[str, str]) -> Settings:
     """The settings, with keys of the data folder's own, so that tokens survive a restart."""
     file = options.data / "keys.json"
     if not file.exists():

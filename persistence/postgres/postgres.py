@@ -87,7 +87,7 @@ class Postgres:
         self._pool: asyncpg.Pool | None = None
         self._opening = asyncio.Lock()
         self._fields = fields
-        self._statements = load_statements(fields)
+        self.statements = load_statements(fields)
 
     async def close(self) -> None:
         if self._pool is not None:
@@ -99,7 +99,7 @@ class Postgres:
         """One transaction, bounded in time. Raises PostgresUnavailable or DataRefused."""
         try:
             async with self._connection(timeout_s or self._timeout_s) as connection, connection.transaction():
-                yield Transaction(connection, self._statements, self._fields)
+                yield Transaction(connection, self.statements, self._fields)
         except REFUSED as error:
             constraint = getattr(error, "constraint_name", None) or ""
             raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error

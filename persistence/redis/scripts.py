@@ -32,13 +32,20 @@ class Scripts:
         self._client = client
         self.fields = fields
         linked = link_scripts(fields)
-        self._texts = {name: script.text for name, script in linked.items()}
-        self._digests = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}  # noqa: S324
+        self.texts: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        for name, script in linked.items():
+            self.use(name, script.text)
         self._orders = {name: script.arguments for name, script in linked.items()}
         self._pool = make_pool(client, concurrency=concurrency)
         self._nonce_head = token_hex(8)
         self._nonce_tail = count()
         self.foreign_replies = 0
+
+    def use(self, name: str, text: str) -> None:
+        """Runs this text under the name of a script from now on."""
+        self.texts[name] = text
+        self._digests[name] = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324
 
     async def run(
         self,
@@ -150,7 +157,7 @@ class Scripts:
         behind: Command | None = None,
     ) -> tuple[Any, Any]:
         """The reply to the script, and to the command before it or behind it (None without one)."""
-        for word, script in (("EVALSHA", self._digests[name]), ("EVAL", self._texts[name])):
+        for word, script in (("EVALSHA", self._digests[name]), ("EVAL", self.texts[name])):
             call, other = (word, script, key_count, *tail), None
             if before is not None:
                 other, reply = await self._pool.execute([before, call], timeout_s)

@@ -32,6 +32,16 @@ class WakeUps:
         self._callbacks: dict[str, list[Callback]] = {}
         self._pubsub: Any = None
 
+    @property
+    def channels(self) -> set[str]:
+        """The channels with a subscriber on this pod."""
+        return set(self._callbacks)
+
+    @property
+    def listening(self) -> bool:
+        """Whether the subscription connection is up."""
+        return self._pubsub is not None
+
     async def subscribe(self, channel: str, callback: Callback) -> None:
         """Calls `callback` with each message on the channel, and with '' whenever messages may have been missed."""
         callbacks = self._callbacks.setdefault(channel, [])

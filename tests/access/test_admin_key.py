@@ -138,10 +138,10 @@ def test_what_is_remembered_of_addresses_is_bounded(clock: Clock, monkeypatch: p
     attempts = FailedAttempts(clock=clock)
     for number in range(500):
         attempts.count(f"198.51.100.{number}")
-    assert len(attempts._windows) == 50
+    assert attempts.clients == 50
     clock.now += PER_S
     attempts.count(ELSEWHERE)
-    assert len(attempts._windows) == 1, "what is over is forgotten"
+    assert attempts.clients == 1, "what is over is forgotten"
 
 
 @pytest.mark.parametrize(

@@ -518,10 +518,10 @@ async def test_leaving_streams_behind_by_a_request_that_waits_behind_them(
     for _ in range(3):
         async with RawConnection(url) as connection:
             await connection.send(request(f"/api/sessions/{session_id}/events", None, method="GET"))
-            await wait_for(lambda: pod.open_streams._open, "the stream is open")
+            await wait_for(lambda: pod.open_streams.counts, "the stream is open")
             await connection.send(request("/healthz", None, method="GET"))
             assert b"200 OK" in await connection.reader.readuntil(b"\r\n\r\n")
-        await wait_for(lambda: not pod.open_streams._open, "the stream has ended with its connection")
+        await wait_for(lambda: not pod.open_streams.counts, "the stream has ended with its connection")
 
 
 async def test_leaving_streams_behind_that_say_nothing(client: httpx.AsyncClient, url: str, pod: Pod) -> None:
@@ -532,7 +532,7 @@ async def test_leaving_streams_behind_that_say_nothing(client: httpx.AsyncClient
         head = await connection.reader.readuntil(b"\r\n\r\n")
         assert b"200 OK" in head
         assert b"text/event-stream" in head
-        await wait_for(lambda: not pod.open_streams._open, "nothing is streamed to who reads no body")
+        await wait_for(lambda: not pod.open_streams.counts, "nothing is streamed to who reads no body")
 
 
 async def test_stopping_everybody_by_one_name_among_many(client: httpx.AsyncClient) -> None:

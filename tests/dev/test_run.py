@@ -14,8 +14,7 @@ import httpx
 import pytest
 import redis
 
-from gateway.dev.run import DevOptions
-from gateway.dev.run import _settings as dev_settings
+from gateway.dev.run import DevOptions, dev_settings
 from gateway.dev.servers.ports import port_is_free
 from tests.support.commands import DevServer, Done, paste, processes_of, program_of, run_gateway
 from tests.support.serving import wait_for

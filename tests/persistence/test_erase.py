@@ -189,7 +189,7 @@ async def test_without_the_note_of_erased_sessions_it_would_come_back(
     stores: Stores, second: Stores, flush: Flush, rows: Rows
 ) -> None:
     """The control of the test above: the statements without the check."""
-    without_the_note(second.postgres._statements)
+    without_the_note(second.postgres.statements)
     await say(stores, SESSION_ID)
     held = await take(second)
     session_uuid = await erase(stores)
@@ -219,7 +219,7 @@ async def test_without_the_lock_a_flush_that_has_begun_would_bring_it_back(
     stores: Stores, second: Stores, rows: Rows
 ) -> None:
     """The control of the test above: the erasure does not wait."""
-    stores.postgres._statements["lock_erase"] = "SELECT 1"
+    stores.postgres.statements["lock_erase"] = "SELECT 1"
     await say(stores, SESSION_ID)
     held = await take(second)
     session_uuid = await erase(stores)
@@ -306,7 +306,7 @@ class Race:
 
     async def _works(self, own: Stores, racing: asyncio.Event) -> None:
         """One worker after the other under the same name, each until it is killed."""
-        self._tamper(own.postgres._statements)
+        self._tamper(own.postgres.statements)
         transaction = own.postgres.transaction
 
         @asynccontextmanager

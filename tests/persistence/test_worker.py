@@ -167,9 +167,9 @@ async def test_workers_that_flush_the_same_records_at_once_wait_for_each_other_i
     """
     if not guarded:
         for own in (stores, second):
-            statement = own.postgres._statements["flush"]
+            statement = own.postgres.statements["flush"]
             unordered = statement.replace("ORDER BY session_id, seq", "").replace("ORDER BY record.id", "")
-            own.postgres._statements["flush"] = unordered
+            own.postgres.statements["flush"] = unordered
     for number in range(40):
         await say(stores, f"{SESSION_ID}_{number}")
     records = await take(stores)
@@ -274,8 +274,8 @@ async def test_without_the_guards_flushing_twice_doubles_the_messages(
     url = await asyncio.to_thread(postgres_server.create_database, "unguarded")
     postgres = Postgres(url, timeout_s=30)
     await migrate(postgres, load_migrations())
-    statement = postgres._statements["flush"]
-    postgres._statements["flush"] = statement.replace("ON CONFLICT (id) DO NOTHING", "")
+    statement = postgres.statements["flush"]
+    postgres.statements["flush"] = statement.replace("ON CONFLICT (id) DO NOTHING", "")
     await say(stores, SESSION_ID)
     records = await take(stores)
     async with postgres.transaction() as transaction:

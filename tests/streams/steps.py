@@ -1,14 +1,11 @@
 """Steps that the tests of streams share."""
 
 import asyncio
-from collections.abc import Callable
-from hashlib import sha1
 from typing import Any
 
 import httpx
 
 from gateway.app import Stores
-from persistence.redis.scripts import Scripts
 from tests.support.spoken import Spoken, SpokenPod
 from tests.support.sse import Event, Stream, speak
 
@@ -35,14 +32,6 @@ async def spoken_turn(pod: SpokenPod, spoken: Spoken, session_id: str, message: 
 async def rest_of(stream: Stream) -> list[Event]:
     """All events up to the end of a stream that must come to one."""
     return await asyncio.wait_for(stream.rest(), 20)
-
-
-def rewrite(scripts: Scripts, name: str, change: Callable[[str], str]) -> None:
-    """Takes a guard out of a script for a control; other pods' `scripts` stay as they are."""
-    text = change(scripts._texts[name])
-    assert text != scripts._texts[name], f"nothing was changed in {name}"
-    scripts._texts[name] = text
-    scripts._digests[name] = sha1(text.encode()).hexdigest()
 
 
 async def waiting(stores: Stores, session_id: str) -> list[str]:

@@ -4,7 +4,8 @@ import httpx
 import pytest
 
 from tests.conftest import PutAgent
-from tests.streams.steps import SHOP, Pods, problem, rest_of, rewrite, spoken_turn
+from tests.streams.steps import SHOP, Pods, problem, rest_of, spoken_turn
+from tests.support.pods import rewrite
 from tests.support.spoken import Spoken, SpokenPod, new_session_id, stored_events
 from tests.support.sse import open_stream, resume, speak
 

@@ -245,14 +245,14 @@ async def test_the_note_of_a_log_is_trimmed_when_the_log_has_expired(
     pods: Pods, spoken: Spoken, session_id: str, stores: Stores, worker: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await spoken_turn(pods[0], spoken, session_id, "Hello", "Hi")
-    await worker._housekeeping.trim()
+    await worker.housekeeping.trim()
     assert await stores.client.hexists(stores.keys.logs(0), session_id)
     monkeypatch.setattr(logs, "LOG_TTL_MS", 1)
     await spoken_turn(pods[0], spoken, session_id, "Again", "Hi")
     # The log of the first turn is still there.
-    await worker._housekeeping.trim()
+    await worker.housekeeping.trim()
     noted = await stores.client.hget(stores.keys.logs(0), session_id)
     assert noted is not None and len(noted.split()) == 2
     await stores.client.hset(stores.keys.logs(0), session_id, noted.split()[-1])
-    await worker._housekeeping.trim()
+    await worker.housekeeping.trim()
     assert await stores.client.hlen(stores.keys.logs(0)) == 0

@@ -4,7 +4,6 @@ import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +149,9 @@ async def gateway_process(
 
 def rewrite(scripts: Scripts, name: str, change: Callable[[str], str]) -> None:
     """Takes a guard out of a script, for these `scripts` alone: what controls are made of."""
-    text = change(scripts._texts[name])
-    assert text != scripts._texts[name], f"nothing was changed in {name}"
-    scripts._texts[name] = text
-    scripts._digests[name] = sha1(text.encode()).hexdigest()
+    text = change(scripts.texts[name])
+    assert text != scripts.texts[name], f"nothing was changed in {name}"
+    scripts.use(name, text)
 
 
 async def fields_of(stores: Stores, session_id: str) -> dict[str, str]:

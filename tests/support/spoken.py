@@ -154,7 +154,7 @@ class SpokenPod:
     @property
     def wakeups(self) -> set[str]:
         """The channels that somebody here listens to, the pod's own apart."""
-        return set(self.pod.wakeups._callbacks) - {self.stores.keys.control}
+        return self.pod.wakeups.channels - {self.stores.keys.control}
 
 
 @asynccontextmanager
@@ -168,7 +168,7 @@ async def spoken_pod(settings: Settings, spoken: Spoken, **changes: Any) -> Asyn
         client = await stack.enter_async_context(served(pod))
         stack.callback(pod.begin_drain)
         stack.callback(spoken.give_up)
-        await wait_for(lambda: pod.wakeups._pubsub is not None, "the pod listens")
+        await wait_for(lambda: pod.wakeups.listening, "the pod listens")
         yield SpokenPod(pod, client, spoken)
 
 

@@ -188,7 +188,7 @@ async def test_without_the_lock_they_would_get_in_each_others_way(
     """The control of the test above."""
     others = [Postgres(postgres._url, timeout_s=30) for _ in range(6)]
     for other in others:
-        monkeypatch.setitem(other._statements, "lock_migrations", "SELECT 1")
+        monkeypatch.setitem(other.statements, "lock_migrations", "SELECT 1")
     slow = [made(1, "SELECT pg_sleep(0.2); CREATE TABLE table_1 (id int)")]
     applied = await asyncio.gather(*(migrate(other, slow) for other in others), return_exceptions=True)
     await asyncio.gather(*(other.close() for other in others))

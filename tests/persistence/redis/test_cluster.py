@@ -78,7 +78,7 @@ async def layer(stores: Stores) -> Layer:
 async def housekeeping(settings: Settings, stores: Stores) -> Housekeeping:
     """Every session is idle for long enough."""
     worker = await build_worker(msgspec.structs.replace(settings, session_timeout_s=0.001), stores)
-    return worker._housekeeping
+    return worker.housekeeping
 
 
 @pytest.fixture

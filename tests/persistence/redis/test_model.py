@@ -4,7 +4,6 @@ The same machine runs on fakeredis, many times, and on a real Redis. "Postgres" 
 """
 
 import asyncio
-import hashlib
 from collections.abc import Awaitable
 from typing import Any, TypeVar
 
@@ -476,8 +475,8 @@ class FakeScripts(Scripts):
 
     def __init__(self, client: Client) -> None:
         super().__init__(client)
-        self._texts = {name: text.split("\n", 1)[1] for name, text in self._texts.items()}
-        self._digests = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._texts.items()}
+        for name, text in self.texts.items():
+            self.use(name, text.split("\n", 1)[1])
 
 
 class FakeMachine(Machine):
@@ -525,11 +524,11 @@ class Edited(FakeScripts):
 
     def __init__(self, client: Client) -> None:
         super().__init__(client)
-        edited = {name: text.replace(self.old, self.new) for name, text in self._texts.items() if self.old in text}
+        edited = {name: text.replace(self.old, self.new) for name, text in self.texts.items() if self.old in text}
         if not edited:
             raise LookupError(f"no script has {self.old!r}")  # no AssertionError: that would count as found
-        self._texts |= edited
-        self._digests |= {name: hashlib.sha1(text.encode()).hexdigest() for name, text in edited.items()}
+        for name, text in edited.items():
+            self.use(name, text)
 
 
 class Forgetful(Edited):
