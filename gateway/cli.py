@@ -37,6 +37,11 @@ def main(arguments: Sequence[str]) -> int:
         command: Callable[[argparse.Namespace], Coroutine[Any, Any, None]] = options.command
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(command(options))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of the output has gone, as `head` does: nothing more is written (Python documentation, SIGPIPE).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except ERRORS as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 1

@@ -460,3 +460,12 @@ def test_what_runs_in_production_does_not_load_the_servers_of_development() -> N
     program = "import sys, gateway.cli; print([name for name in sys.modules if name.startswith('gateway.dev')])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", ["settings", "settings --json"])
+def test_a_reader_that_has_gone_ends_a_command_without_a_traceback(arguments: str) -> None:
+    shell = f"{sys.executable} -m gateway {arguments} | head -n 1; echo ${{PIPESTATUS[0]}}"
+    for _ in range(3):
+        done = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stderr == ""
+        assert done.stdout.splitlines()[-1] in ("0", "1")
