@@ -24,6 +24,7 @@ from gateway.api.answers import on_http_exception, on_persistence_error, on_prob
 from gateway.api.chat import ChatApi
 from gateway.api.docs.openapi import openapi_document
 from gateway.api.docs.routes import ReferenceApi
+from gateway.api.endpoint import Endpoint
 from gateway.api.entrance import Entrance
 from gateway.api.middleware.client_address import ClientAddress
 from gateway.api.middleware.cors import Cors
@@ -157,8 +158,8 @@ class Pod:
         gatekeeper = Gatekeeper(tokens, AdminAccess(admin_keys, plaintext=settings.admin_plaintext))
         bounds = BodyBounds(settings.max_body_bytes, settings.body_timeout_s, settings.max_metadata_bytes)
         entrance = Entrance(stores.agents, self.history, gatekeeper, self.limiter)
-        reference = ReferenceApi()
-        table = endpoints(
+        table: list[Endpoint] = []
+        table += endpoints(
             ChatApi(
                 entrance,
                 self.runtime,
@@ -194,9 +195,9 @@ class Pod:
                 self.metrics,
             ),
             WidgetApi(),
-            reference,
+            # The reference describes the whole table, its own calls included.
+            ReferenceApi(lambda: openapi_document(table, __version__)),
         )
-        reference.publish(openapi_document(table, __version__))
         return Starlette(
             routes=[*routes(table), *extra_routes],
             middleware=[

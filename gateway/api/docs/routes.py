@@ -1,10 +1,11 @@
 """Serves the reference: `/openapi.json` for programs, `/docs` for people."""
 
 from base64 import b64encode
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from hashlib import sha256
 from importlib.resources import files
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 from starlette.requests import Request
@@ -16,39 +17,43 @@ from gateway.api.endpoint import Endpoint
 HEADERS = {"Cache-Control": "public, max-age=300", "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
+class Reference(NamedTuple):
+    """The two forms of the reference, and the page's Content-Security-Policy: its own style and script, nothing else."""
+
+    document: bytes
+    page: bytes
+    policy: str
+
+
 class ReferenceApi:
-    """Serves what `publish` was given. The document describes these two calls too, so it is made after them."""
+    """Serves the reference. It is made when it is first asked for: most pods never are."""
 
-    def __init__(self) -> None:
-        self._document = b""
-        self._page = b""
-        self._policy = ""
+    def __init__(self, describe: Callable[[], dict[str, Any]]) -> None:
+        self._describe = describe
 
-    def publish(self, document: dict[str, Any]) -> None:
-        """Sets the document, and makes the page of it. The page may use its own style and script and load nothing."""
+    @cached_property
+    def _reference(self) -> Reference:
+        document = self._describe()
         folder = files("gateway.api.docs")
         style, script = ((folder / name).read_text("utf-8") for name in ("page.css", "page.js"))
-        self._document = msgspec.json.encode(document)
-        self._page = reference_page(document, style, script).encode()
-        self._policy = "; ".join(
-            [
-                "default-src 'none'",
-                f"style-src '{_digest(style)}'",
-                f"script-src '{_digest(script)}'",
-                "base-uri 'none'",
-                "form-action 'none'",
-                "frame-ancestors 'none'",
-            ]
-        )
+        policy = [
+            "default-src 'none'",
+            f"style-src '{_digest(style)}'",
+            f"script-src '{_digest(script)}'",
+            "base-uri 'none'",
+            "form-action 'none'",
+            "frame-ancestors 'none'",
+        ]
+        return Reference(msgspec.json.encode(document), reference_page(document, style, script).encode(), "; ".join(policy))
 
     async def document(self, request: Request) -> Response:
         """GET /openapi.json"""
-        return Response(self._document, headers=HEADERS, media_type="application/json")
+        return Response(self._reference.document, headers=HEADERS, media_type="application/json")
 
     async def page(self, request: Request) -> Response:
         """GET /docs"""
-        headers = {**HEADERS, "Content-Security-Policy": self._policy}
-        return Response(self._page, headers=headers, media_type="text/html")
+        headers = {**HEADERS, "Content-Security-Policy": self._reference.policy}
+        return Response(self._reference.page, headers=headers, media_type="text/html")
 
     def endpoints(self) -> Sequence[Endpoint]:
         """The two calls that describe all."""
