@@ -7,7 +7,7 @@ every pod within seconds, and agents are found while Postgres is down.
 import re
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import msgspec
 from uuid_utils import uuid7
@@ -17,7 +17,7 @@ from gateway.access.domains import check_allowed_domains
 from gateway.access.tokens import fingerprint
 from gateway.problems import AgentNotFound, InvalidField, NameTaken, invalid_field
 from persistence.errors import DataRefused, PostgresUnavailable
-from persistence.model.agents import Agent, AgentDefinition
+from persistence.model.agents import Agent, AgentDefinition, null_parts
 from persistence.model.ids import as_uuid
 from persistence.postgres.postgres import Postgres
 from persistence.redis.agent_copies import AgentCopies
@@ -229,9 +229,7 @@ def _merged(target: Any, patch: Any) -> Any:
 
 
 RESET_BY_NULL = frozenset(
-    field.name
-    for field in msgspec.structs.fields(AgentDefinition)
-    if not field.required and type(None) not in get_args(field.type)
+    field.name for field in msgspec.structs.fields(AgentDefinition) if not field.required and not null_parts(field.type)
 )
 """The fields that null takes back to their defaults. To the others it is a value, or an error."""
 

@@ -16,7 +16,7 @@ from gateway.api.endpoint import ADMIN_ERRORS, BODY_ERRORS, Endpoint
 from gateway.api.reading import JSON, MERGE_PATCH, BodyBounds, check_text, read_body
 from gateway.graphs.graphs import Graphs
 from gateway.problems import AgentNotFound
-from persistence.model.agents import Agent, AgentDefinition, RateLimit
+from persistence.model.agents import Agent, AgentDefinition, RateLimit, null_parts
 
 
 class AgentAnswer(AgentDefinition, frozen=True, forbid_unknown_fields=False, kw_only=True):
@@ -43,9 +43,9 @@ def _patch_of(kind: type[msgspec.Struct], name: str, doc: str, replaced: dict[An
     """A type like `kind` for describing its patches: every field may be missing, or null."""
     fields: list[tuple[str, Any, Any]] = []
     for field in msgspec.structs.fields(kind):
-        inner = next((replaced[part] for part in get_args(field.type) if part in replaced), field.type)
+        parts = [replaced.get(part, part) for part in null_parts(field.type) or [field.type]]
         described = Meta(description=_description_of(field.type))
-        fields.append((field.name, Annotated[Union[inner, UnsetType, None], described], UNSET))  # noqa: UP007
+        fields.append((field.name, Annotated[Union[*parts, UnsetType, None], described], UNSET))
     return msgspec.defstruct(
         name,
         fields,

@@ -3,7 +3,8 @@
 Postgres owns the truth. Redis has a copy of each, so that the chat path does not need Postgres.
 """
 
-from typing import Annotated, Any, Literal
+from types import NoneType
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -149,3 +150,10 @@ def decode_definition(raw: bytes | str, where: str) -> AgentDefinition:
         return AgentDefinition(**msgspec.structs.asdict(msgspec.json.decode(raw, type=_Stored)))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise Damaged(where, "definition", unreadable(error)) from error
+
+
+def null_parts(kind: Any) -> list[Any]:
+    """The types of a field of a definition that may be null, without null; none for any other field."""
+    inner = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    parts = get_args(inner)
+    return [part for part in parts if part is not NoneType] if NoneType in parts else []

@@ -15,7 +15,6 @@ from gateway.agents import Agents, Document, differences, document_of, merge_pat
 from gateway.app import Stores
 from gateway.settings import Settings
 from persistence.model.agents import Agent, AgentDefinition
-from persistence.postgres.statements import load_statements
 from persistence.redis.agent_copies import AgentCopies
 from tests.conftest import PutAgent
 from tests.support.serving import ADMIN, wait_for
@@ -254,14 +253,11 @@ async def test_a_write_sees_the_change_that_it_waited_for(stores: Stores, interr
     assert (document["history_window"], document["retention_days"]) == (7, 30)
 
 
-async def test_without_the_lock_it_loses_that_change(
-    stores: Stores, settings: Settings, interrupted: Interrupted, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_without_the_lock_it_loses_that_change(stores: Stores, settings: Settings, interrupted: Interrupted) -> None:
     """The control: it is `lock_agent` that waits, before it reads."""
-    statements = load_statements()
-    unlocked = statements | {"lock_agent": statements["find_agent"]}
-    monkeypatch.setattr("persistence.postgres.postgres.load_statements", lambda: unlocked)
     careless = Stores(settings)
+    statements = careless.postgres.statements
+    statements["lock_agent"] = statements["find_agent"]
     try:
         document = await interrupted(careless)
         assert (document["history_window"], document["retention_days"]) == (50, 30)
