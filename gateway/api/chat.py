@@ -50,9 +50,7 @@ class MessageBody(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
         MessageId | None,
         Meta(description="Makes a retry safe: a message with the same one gets the stored answer and runs nothing"),
     ] = None
-    channel: Annotated[Channel | None, Meta(description="How the visitor talks, for a session that this message opens")] = (
-        None
-    )
+    channel: Annotated[Channel | None, Meta(description="How the visitor talks; the session's channel when left out")] = None
     audio_url: Annotated[
         Annotated[str, Meta(max_length=2048)] | None, Meta(description="Of a spoken message: where its recording is")
     ] = None
@@ -111,7 +109,7 @@ class AvailabilityQuery(msgspec.Struct, forbid_unknown_fields=True):
     """What a page says of itself."""
 
     website_domain: Annotated[
-        str, Meta(max_length=255, description="The page's host, for logs of proxies; only the header `Origin` counts")
+        str, Meta(max_length=255, description="The page's host as the page knows it. It opens nothing: only `Origin` does")
     ] = ""
 
 

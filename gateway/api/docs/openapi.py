@@ -170,7 +170,9 @@ def _parameters(endpoint: Endpoint, components: dict[str, Any], examples: Sequen
     if endpoint.query is not None:
         schema = components[endpoint.query.__name__]
         for name, field in schema["properties"].items():
-            described = {"description": field["description"], "schema": _as_parameter(field)}
+            # Null where the type has it: `?channel=null` is read as if the parameter were left out.
+            bare = {word: value for word, value in field.items() if word != "description"}
+            described = {"description": field["description"], "schema": bare}
             parameters.append({"name": name, "in": "query", "required": name in schema.get("required", []), **described})
     headers = (*endpoint.headers, *(("X-User-Token",) if endpoint.guard == "session" else ()))
     parameters += [{"name": name, "in": "header", "required": False, **HEADER_PARAMETERS[name]} for name in headers]
@@ -180,15 +182,6 @@ def _parameters(endpoint: Endpoint, components: dict[str, Any], examples: Sequen
             if parameter["name"] in given:
                 parameter["example"] = given[parameter["name"]]
     return parameters
-
-
-def _as_parameter(field: dict[str, Any]) -> dict[str, Any]:
-    """The schema of a query parameter, which is left out where a field would be null."""
-    schema = {word: value for word, value in field.items() if word != "description"}
-    given = [one for one in schema.pop("anyOf", []) if one != {"type": "null"}]
-    if given:
-        schema = given[0] if len(given) == 1 else {"anyOf": given}
-    return schema
 
 
 def _bodies(examples: Sequence[Example]) -> dict[str, Any]:
