@@ -33,9 +33,9 @@ WITH erased AS MATERIALIZED (
     INSERT INTO agent_sessions AS stored ({columns}, message_count)
     SELECT {values}, coalesce(messages, 0)
     FROM unnest({arrays from $17}) AS record ({columns})
-    LEFT JOIN counted ON counted_id = id
-    WHERE id NOT IN (SELECT erased.id FROM erased)
-    ORDER BY id
+    LEFT JOIN counted ON counted_id = record.id
+    WHERE record.id NOT IN (SELECT id FROM erased)
+    ORDER BY record.id
     ON CONFLICT (id) DO UPDATE SET
         {changes},
         conversation_history = CASE
