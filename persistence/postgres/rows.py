@@ -70,7 +70,7 @@ def _text(at: datetime | None) -> str:
 
 
 def session_of(row: asyncpg.Record, fields: SessionFields = SESSION_FIELDS) -> Session:
-    """A session from a row of `session_headers`. Raises Damaged, naming the field."""
+    """A session from a row of `session_headers`. Raises Damaged, naming the column, or the field that is missing."""
     return fields.struct(**{field.name: _member(row, field) for field in fields.header})
 
 
@@ -81,7 +81,7 @@ def _member(row: asyncpg.Record, field: Field) -> Any:
         try:
             return field.kind.from_row(value)
         except msgspec.DecodeError as error:
-            raise Damaged(f"row {row['id']}", field.name, unreadable(error)) from error
+            raise Damaged(f"row {row['id']}", field.columns[0].name, unreadable(error)) from error
     if field.null is None:
         raise Damaged(f"row {row['id']}", field.name, "is missing")
     return field.kind.read(field.null)

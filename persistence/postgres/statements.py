@@ -20,7 +20,11 @@ def load_statements(fields: SessionFields = SESSION_FIELDS) -> dict[str, str]:
 
 def fill(statement: str, fields: SessionFields) -> str:
     """The statement with lists of a session's columns in place of `{columns}` (their names), `{arrays from $n}` (their
-    parameters, the first numbered n) and `{changes}` (their assignments, to the newest revision's value)."""
+    parameters, the first numbered n), `{values}` (what the parameters' rows have for them) and `{changes}` (their
+    assignments, to the newest revision's value).
+
+    JSON is sent as text: for the type jsonb[] asyncpg would have to ask the server, on each connection anew.
+    """
     columns = [column for column, _ in fields.columns]
 
     def lists(match: re.Match[str]) -> str:
@@ -29,7 +33,10 @@ def fill(statement: str, fields: SessionFields) -> str:
             case "columns":
                 return ", ".join(column.name for column in columns)
             case "arrays":
-                return ", ".join(f"${number}::{column.type}[]" for number, column in enumerate(columns, first))
+                types = ["text" if column.type == "jsonb" else column.type for column in columns]
+                return ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(types, first))
+            case "values":
+                return ", ".join(f"{column.name}::jsonb" if column.type == "jsonb" else column.name for column in columns)
             case "changes":
                 newer = "CASE WHEN excluded.revision > stored.revision THEN excluded.{0} ELSE stored.{0} END"
                 return ",\n        ".join(

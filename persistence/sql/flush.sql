@@ -31,11 +31,11 @@ WITH erased AS MATERIALIZED (
     SELECT session_id AS counted_id, count(*)::int AS messages FROM inserted GROUP BY session_id
 ), kept AS (
     INSERT INTO agent_sessions AS stored ({columns}, message_count)
-    SELECT {columns}, coalesce(messages, 0)
+    SELECT {values}, coalesce(messages, 0)
     FROM unnest({arrays from $17}) AS record ({columns})
-    LEFT JOIN counted ON counted_id = id
-    WHERE id NOT IN (SELECT erased.id FROM erased)
-    ORDER BY id
+    LEFT JOIN counted ON counted_id = record.id
+    WHERE record.id NOT IN (SELECT id FROM erased)
+    ORDER BY record.id
     ON CONFLICT (id) DO UPDATE SET
         {changes},
         conversation_history = CASE
