@@ -13,18 +13,20 @@ from hypothesis import strategies as st
 from gateway.access import tokens as tokens_module
 from gateway.access.tokens import SessionToken, SessionTokens
 
+TTL_S = 12 * 3600
+"""Hours: these tokens are made when the tests are collected, and a whole run takes minutes."""
 KEYS = ["k" * 32, "o" * 32]
 TOKEN = SessionToken("session_1234567890_abc", "01900000-0000-7000-8000-000000000000", "shop.example", "user-7")
-TOKENS = SessionTokens(KEYS, 600)
-MINTED = [SessionTokens([key], 600).mint(TOKEN) for key in KEYS]
+TOKENS = SessionTokens(KEYS, TTL_S)
+MINTED = [SessionTokens([key], TTL_S).mint(TOKEN) for key in KEYS]
 # As an earlier version minted them: without the name of the key.
 UNNAMED = [jwt.encode(jwt.decode(text, key, ["HS256"]), key) for text, key in zip(MINTED, KEYS, strict=True)]
 FOREIGN = [
-    SessionTokens(["f" * 32], 600).mint(TOKEN),
-    jwt.encode({"sid": "x", "exp": int(time()) + 600}, KEYS[0]),
+    SessionTokens(["f" * 32], TTL_S).mint(TOKEN),
+    jwt.encode({"sid": "x", "exp": int(time()) + TTL_S}, KEYS[0]),
     jwt.encode({"sid": "x" * 16, "aid": "a", "dom": "d", "exp": int(time()) - 600}, KEYS[0]),
-    jwt.encode({"sid": "x" * 16, "aid": "a", "dom": "d", "exp": int(time()) + 600}, None, "none"),
-    jwt.encode({"sid": "x" * 16, "aid": "a", "dom": "d", "exp": int(time()) + 600}, KEYS[0] * 2, "HS512"),
+    jwt.encode({"sid": "x" * 16, "aid": "a", "dom": "d", "exp": int(time()) + TTL_S}, None, "none"),
+    jwt.encode({"sid": "x" * 16, "aid": "a", "dom": "d", "exp": int(time()) + TTL_S}, KEYS[0] * 2, "HS512"),
 ]
 ALPHABET = "abcXYZ019-_.=+/ \n\x00\u00e9"
 Damage = Callable[[str], str]
@@ -37,7 +39,7 @@ def by_the_library(text: str) -> dict[str, Any] | None:
     except (jwt.PyJWTError, ValueError):
         return None
     for key in KEYS:
-        named = jwt.get_unverified_header(SessionTokens([key], 600).mint(TOKEN))["kid"]
+        named = jwt.get_unverified_header(SessionTokens([key], TTL_S).mint(TOKEN))["kid"]
         if kid in (None, named):
             try:
                 claims = jwt.decode(text, key, ["HS256"], options={"require": ["sid", "aid", "dom", "exp"]})

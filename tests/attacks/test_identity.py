@@ -369,7 +369,7 @@ async def test_using_ones_own_session_token_as_another_user(client: httpx.AsyncC
         assert (await call(client, name, opened["session_id"], at(SHOP, **token))).is_success, "the token names its user"
 
 
-A_SESSION_TOKEN = SessionTokens([SECRET_KEY], 600).mint(SessionToken("user-1", "an agent", SHOP, "user-1"))
+A_SESSION_TOKEN = SessionTokens([SECRET_KEY], 12 * 3600).mint(SessionToken("user-1", "an agent", SHOP, "user-1"))
 USER_TOKENS: dict[str, Callable[[], str]] = {
     "forging it without a key": lambda: user_token(key=None, algorithm="none"),
     "forging it with a key of ones own": lambda: user_token(key="m" * 40),
