@@ -113,9 +113,13 @@ CONTROLS = {
             Edit(
                 "persistence/lua/commit.lua",
                 "if turn_id ~= args.turn_id or fence ~= args.fence then\n",
-                "if false then\n",
+                "if false and (turn_id ~= args.turn_id or fence ~= args.fence) then\n",
             ),
-            Edit("persistence/lua/renew.lua", "if held[1] ~= args.turn_id or held[2] ~= args.fence then", "if false then"),
+            Edit(
+                "persistence/lua/renew.lua",
+                "if held[1] ~= args.turn_id or held[2] ~= args.fence then",
+                "if false and args.turn_id == args.fence then",
+            ),
         ],
         ("pod-stalled",),
         {"lost", "doubled", "out_of_order", "left_over"},
