@@ -4,7 +4,7 @@ The one place in Python that names kinds. A new kind is a subclass of `Event` he
 reference follow from the classes, and tests compare the widget's types with them. In a log events are kept encoded (kind
 and JSON), so that each is encoded once for Redis and all readers, and a kind of a later version passes through unread."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple, Self
 
 import msgspec
@@ -40,10 +40,12 @@ class Cursor(NamedTuple):
 
 
 class Event(msgspec.Struct, frozen=True):
-    """An event before it is numbered. Its fields are its data on the wire; `terminal` kinds end the stream."""
+    """An event before it is numbered. Its fields are its data on the wire; `terminal` kinds end the stream, and
+    `example` is what the reference shows."""
 
     kind: ClassVar[str]
     terminal: ClassVar[bool] = False
+    example: ClassVar[Mapping[str, Any]] = {}
 
     @classmethod
     def data_type(cls) -> Any:
@@ -64,6 +66,10 @@ class TurnStarted(Event, frozen=True, omit_defaults=True):
     """The turn has begun. Always the first event, unless the log no longer reaches back to it."""
 
     kind: ClassVar[str] = "turn.started"
+    example: ClassVar[Mapping[str, Any]] = {
+        "turn_id": "0196b6a5-3c07-7a98-8e12-6d4b90f1a2c4",
+        "session_id": "session_1234567890_abc123xyz",
+    }
 
     turn_id: Annotated[str, msgspec.Meta(description="The turn's UUID: names the turn when its stream is resumed")]
     session_id: Annotated[str, msgspec.Meta(description="The session's id")]
@@ -77,6 +83,7 @@ class TextDelta(Event, frozen=True):
     """A piece of the answer's text."""
 
     kind: ClassVar[str] = "text.delta"
+    example: ClassVar[Mapping[str, Any]] = {"text": "You said:"}
 
     text: Annotated[str, msgspec.Meta(description="The text to append")]
 
@@ -85,6 +92,7 @@ class Custom(Event, frozen=True):
     """What the graph wrote to LangGraph's custom stream. The event's data is that object itself."""
 
     kind: ClassVar[str] = "custom"
+    example: ClassVar[Mapping[str, Any]] = {"step": "searching", "query": "delivery to Ghent"}
 
     value: Annotated[dict[str, Any], msgspec.Meta(description="The object; a value of another type comes as `value`")]
 
@@ -108,6 +116,10 @@ class TurnCompleted(Event, frozen=True):
 
     kind: ClassVar[str] = "turn.completed"
     terminal: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {
+        "response": "You said: Hello",
+        "metadata": {"message_count": 2, "replayed": False},
+    }
 
     response: Annotated[str, msgspec.Meta(description="The whole answer, which may differ from the deltas put together")]
     metadata: Annotated[
@@ -121,6 +133,7 @@ class TurnFailed(Event, frozen=True):
 
     kind: ClassVar[str] = "turn.failed"
     terminal: ClassVar[bool] = True
+    example: ClassVar[Mapping[str, Any]] = {"code": "graph_failed", "title": "The agent failed", "retryable": True}
 
     code: Annotated[str, msgspec.Meta(description="A problem's code, or `turn_lost` when the pod that ran the turn is gone")]
     title: Annotated[str, msgspec.Meta(description="What happened, in a sentence for people")]

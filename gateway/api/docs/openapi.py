@@ -10,7 +10,6 @@ from gateway.api.docs.example import Example, curl, event_text, is_stream
 from gateway.api.docs.examples import STORY
 from gateway.api.docs.parameters import HEADER_PARAMETERS, PATH_PARAMETERS, RESPONSE_HEADERS
 from gateway.api.docs.problem_responses import name_of, problem_codes, problem_responses
-from gateway.api.docs.sample_data import EVENTS
 from gateway.api.endpoint import EVENT_STREAM, Endpoint
 from gateway.problems import ProblemDocument
 from gateway.streams.events import KINDS, Event
@@ -110,7 +109,7 @@ def _events(by_kind: dict[Any, Any]) -> dict[str, Any]:
 
 
 def _event(event: type[Event], data: dict[str, Any]) -> dict[str, Any]:
-    example = {"id": "3-1", "event": event.kind, "data": msgspec.json.encode(EVENTS[event.kind]).decode()}
+    example = {"id": "3-1", "event": event.kind, "data": msgspec.json.encode(event.example).decode()}
     return {
         "title": event.kind,
         "description": event.__doc__,

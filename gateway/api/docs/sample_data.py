@@ -107,14 +107,5 @@ STREAM = (
         },
     ),
 )
-EVENTS: dict[str, dict[str, Any]] = {
-    **{event.event: event.data for event in STREAM},
-    "custom": {"step": "searching", "query": "delivery to Ghent"},
-    "turn.failed": {"code": "graph_failed", "title": "The agent failed", "retryable": True},
-    "turn.cancelled": {},
-    "log.reset": {},
-}
-"""The data of an event of each kind. Another test has a graph write them all."""
-
 AT_AGENT = {"agent_id": "support"}
 AT_SESSION: dict[str, Any] = {"session_id": SESSION_ID}
