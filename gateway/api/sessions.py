@@ -263,6 +263,16 @@ class SessionsApi:
             ),
             Endpoint(
                 "GET",
+                "/api/sessions/stats",
+                self.statistics,
+                "Totals over sessions",
+                {200: StatisticsAnswer},
+                (*ADMIN_ERRORS, 404, 422),
+                query=StatisticsQuery,
+                guard="admin",
+            ),
+            Endpoint(
+                "GET",
                 "/api/sessions/{session_id}",
                 self.show,
                 "Show a session without its messages",
@@ -328,16 +338,6 @@ class SessionsApi:
                 {200: ListAnswer},
                 (*ADMIN_ERRORS, 404, 422),
                 query=ListQuery,
-                guard="admin",
-            ),
-            Endpoint(
-                "GET",
-                "/api/sessions/stats",
-                self.statistics,
-                "Totals over sessions",
-                {200: StatisticsAnswer},
-                (*ADMIN_ERRORS, 404, 422),
-                query=StatisticsQuery,
                 guard="admin",
             ),
         ]
