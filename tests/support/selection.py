@@ -16,6 +16,9 @@ FILES = (
     "test_servers",
     "test_dev",
     "test_cli",
+    "test_chat",
+    "test_drain",
+    "test_token_damage",
 )
 """By their names alone, in whichever folder."""
 TESTS = (
@@ -26,6 +29,9 @@ TESTS = (
     "test_a_slow_reader_slows_nobody_and_holds_no_memory",
     "test_no_body_makes_a_5xx_or_a_dead_letter",
     "test_a_client_that_leaves_replies_behind_shows_nobody_a_wrong_value",
+    "test_a_change_of_an_agent_is_on_every_pod_within_seconds",
+    "test_a_graph_that_swallows_its_cancellation_does_not_keep_a_pod_from_ending",
+    "test_a_graph_that_exits_ends_its_turn_and_not_the_pod",
 )
 FIRST = ("test_controls", "test_model", "test_rolling_restart", "test_access", "test_answers", "test_streams", "test_stores")
 
