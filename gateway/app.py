@@ -55,6 +55,7 @@ from persistence.postgres.migrate import load_migrations
 from persistence.postgres.postgres import Postgres
 from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.connection import Client, call, connect
+from persistence.redis.epochs import Epochs, Fences
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
 from persistence.redis.scripts import Scripts
@@ -63,6 +64,7 @@ from persistence.redis.sessions import SessionStore
 from persistence.redis.shared_limits import SharedLimits
 from persistence.redis.turn_logs import TurnLogs
 from persistence.redis.wakeups import WakeUps
+from persistence.settler import Settler
 from persistence.worker import Worker
 
 log = structlog.get_logger()
@@ -74,15 +76,18 @@ class Stores:
     def __init__(self, settings: Settings) -> None:
         self.keys = Keys(settings.key_prefix, settings.partition_count)
         self.client: Client = connect(settings.redis_url)
-        self.scripts = Scripts(self.client)
+        self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
+        fences = Fences()
+        settler = Settler(Epochs(self.keys, fences), self.postgres)
+        self.scripts = Scripts(self.client, settle=settler.settle)
         self.sessions = SessionStore(
             self.scripts,
             self.keys,
             lease_ms=int(settings.lease_s * 1000),
             max_backlog=settings.max_backlog,
             max_backlog_bytes=settings.max_backlog_bytes,
+            fences=fences,
         )
-        self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
         self.turn_logs = TurnLogs(self.scripts, self.keys)
         self.agent_copies = AgentCopies(self.scripts, self.keys)
         self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
@@ -272,7 +277,7 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
         stores.agent_copies,
         session_timeout_s=settings.session_timeout_s,
     )
-    return Worker(stores.outbox, stores.postgres, housekeeping)
+    return Worker(stores.outbox, stores.postgres, stores.sessions, housekeeping)
 
 
 async def warn_if_not_migrated(postgres: Postgres) -> None:

@@ -13,6 +13,10 @@ class ForeignReply(RedisUnavailable):
     """A reply echoed another session or call. All connections were dropped, and nothing of the reply was used."""
 
 
+class NotReplicated(RedisUnavailable):
+    """Redis has it, and too few of its replicas have in time. Repeating the call is safe, and waits for them again."""
+
+
 class CommandRefused(PersistenceError):
     """Redis refuses the command for good: its key has another type, or a script has a defect."""
 

@@ -153,12 +153,12 @@ class History:
 
     async def _find_live(self, session_id: str) -> Session | None:
         """The session as an operator sees it, if it is in Redis."""
-        hot = await self._store.read(session_id, OPERATOR)
+        hot = await self._store.read(session_id, OPERATOR, any_epoch=True)
         return hot.session if isinstance(hot, Hot) else None
 
     async def _is_in_redis(self, session_id: str) -> bool:
         """Whether Redis has the session: live, or erased but not yet in Postgres."""
-        return not isinstance(await self._store.read(session_id, OPERATOR), Absent)
+        return not isinstance(await self._store.read(session_id, OPERATOR, any_epoch=True), Absent)
 
     async def load_statistics(self, agent_id: str | None) -> Statistics:
         """Totals over an agent's sessions (None: all). Raises PostgresUnavailable.

@@ -15,9 +15,12 @@ from persistence.errors import Damaged, DataRefused, NewerFormat, PersistenceErr
 from persistence.housekeeping import Housekeeping
 from persistence.model.codec import decode_record
 from persistence.model.fields import SESSION_FIELDS, SessionFields
+from persistence.model.ids import masked
 from persistence.model.session import Record
-from persistence.postgres.postgres import Postgres
+from persistence.postgres.postgres import Forgotten, Postgres
 from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox, Taken
+from persistence.redis.sessions import SessionStore
+from persistence.repair import PLACE_TAKEN, Repair
 from persistence.retry import Attempts, Backoff
 from persistence.tasks import gather_bounded
 
@@ -44,6 +47,7 @@ class Worker:
         self,
         outbox: Outbox,
         postgres: Postgres,
+        sessions: SessionStore,
         housekeeping: Housekeeping,
         *,
         housekeep_s: float = 1.0,
@@ -52,6 +56,8 @@ class Worker:
         self._fields = fields
         self._outbox = outbox
         self._postgres = postgres
+        self._sessions = sessions
+        self._repair = Repair(outbox, postgres, sessions)
         self.housekeeping = housekeeping
         self._housekeep_s = housekeep_s
         self._stopping = asyncio.Event()
@@ -166,7 +172,7 @@ class Worker:
             log.warning(
                 "outbox.newer_format", partition=partition, records=len(newer), remedy="run a worker of that version"
             )
-        flushed, refused = await self._flush_side_by_side(partition, records)
+        flushed, refused = await self._flush_side_by_side(partition, records, taken.epoch)
         log.info(
             "outbox.flushed",
             partition=partition,
@@ -175,7 +181,7 @@ class Worker:
             duration_ms=round((monotonic() - started) * 1000, 1),
         )
 
-    async def _flush_side_by_side(self, partition: int, records: Sequence[Record]) -> tuple[int, int]:
+    async def _flush_side_by_side(self, partition: int, records: Sequence[Record], epoch: int) -> tuple[int, int]:
         """Flushes records in transactions of about PART each, so that Redis, Postgres and this process work at once.
 
         A session's records stay in one transaction, so none waits for another's lock. Returns the numbers of records flushed
@@ -185,35 +191,55 @@ class Worker:
         order: dict[str, int] = {}
         for record in records:
             parts[order.setdefault(record.session.session_id, len(order)) % len(parts)].append(record)
-        outcomes = await gather_bounded(self._flush_part(partition, part) for part in parts)
+        outcomes = await gather_bounded(self._flush_part(partition, part, epoch) for part in parts)
         return sum(flushed for flushed, _ in outcomes), sum(refused for _, refused in outcomes)
 
-    async def _flush_part(self, partition: int, records: Sequence[Record], *, again: bool = False) -> tuple[int, int]:
+    async def _flush_part(
+        self, partition: int, records: Sequence[Record], epoch: int, *, again: bool = False
+    ) -> tuple[int, int]:
         """Flushes records in one transaction; bisects them on an error of the data until each bad record is alone.
 
         A record alone is flushed `again` before it becomes a dead letter: when two workers insert the same new session at
-        the same moment, Postgres may refuse one for the unique key that ON CONFLICT does not name. Returns the numbers of
-        records flushed and refused.
+        the same moment, Postgres may refuse one for the unique key that ON CONFLICT does not name. One whose place another
+        has is stored behind it. Returns the numbers of records flushed and refused.
         """
         if not records:
             return 0, 0
         try:
             async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:
-                await transaction.flush(records)
+                forgotten = await transaction.flush(records)
+                await transaction.mark(partition, epoch, records)
         except DataRefused as error:
             if len(records) == 1 and not again:
-                return await self._flush_part(partition, records, again=True)
+                return await self._flush_part(partition, records, epoch, again=True)
             if len(records) == 1:
                 record = records[0]
+                if error.constraint in PLACE_TAKEN:
+                    try:
+                        await self._repair.store_behind(partition, record, epoch)
+                    except DataRefused as refused:
+                        error = refused
+                    else:
+                        return 1, 0
                 await self._outbox.dead_letter(partition, record.entry, record.session.session_id, record.fact, str(error))
                 log.error("outbox.dead_letter", partition=partition, entry=record.entry, reason=str(error))
                 return 0, 1
             middle = len(records) // 2
-            left = await self._flush_part(partition, records[:middle])
-            right = await self._flush_part(partition, records[middle:])
+            left = await self._flush_part(partition, records[:middle], epoch)
+            right = await self._flush_part(partition, records[middle:], epoch)
             return left[0] + right[0], left[1] + right[1]
-        await self._outbox.mark_flushed(partition, records)
+        for one in forgotten:
+            await self._remind(partition, one)
+        await self._outbox.mark_flushed(partition, records, epoch)
         return len(records), 0
+
+    async def _remind(self, partition: int, forgotten: Forgotten) -> None:
+        """Tells Redis what it has forgotten of a session. An erased one is erased again."""
+        log.warning("session.forgotten", partition=partition, session=masked(forgotten.session_id), what=forgotten.what)
+        if forgotten.what != "erased":
+            await self._sessions.doubt(forgotten.session_id)
+        elif await self._sessions.erase_again(forgotten.session_id, forgotten.id):
+            await self._outbox.count(partition, "erased_again", 1)
 
     async def _bury(self, partition: int, entry: bytes, fields: Sequence[bytes], reason: str) -> None:
         """Moves an unreadable record to the dead letters."""

@@ -70,7 +70,7 @@ def logs_as_before() -> Iterator[None]:
     structlog.configure(**LOGS)
 
 
-TABLES = "agents, agent_sessions, agent_messages, erased_sessions"
+TABLES = "agents, agent_sessions, agent_messages, erased_sessions, partition_marks"
 
 
 @contextmanager

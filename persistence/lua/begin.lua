@@ -2,7 +2,7 @@
 -- Begins a turn: checks everything that can refuse it, and takes the session's lease under a new fence. Repeating it with
 -- the same turn_id begins nothing twice.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string, 7 epoch hash
 -- ARGV session_id, nonce, turn_id, agent_id, website_domain ('' any), authorized (1 | 0), user_id ('' none),
 --      trusted (1 | 0), message_id ('' none), digest (of the message), lease_ms, hot_ttl_s,
 --      if_busy (queue | reject | interrupt), max_waiting, waiter_ms (a waiter that does not ask again is dropped),
@@ -12,7 +12,7 @@
 --   begun      fence, now_ms, ms that the rate limit is charged beyond now (more than rate_ms if it would have refused the
 --              turn). The caller reads the hash behind this script, in the same round trip: through Lua it takes Redis ten
 --              times as long. The reader gives the turn up if it finds damage in fields that are not checked here
---   absent     ticket: hydrate or open under it, then begin again
+--   absent     ticket, id of the session as of an older epoch ('' none): hydrate or open under it, then begin again
 --   replay     turn number, header, the turn's JSON: message_id was answered before
 --   busy       lease_left_ms, 1 if the running turn answers this message_id, id of the running turn
 --   queued     position from 1: ask again
@@ -20,12 +20,12 @@
 --   queue_full | ended | erased | foreign | unauthorized | backlog_full
 --   limited    retry_after_ms
 --   damaged    field
-local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key, epoch_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 
 local session = pick(session_key, {'format', 'session_id', 'agent_id', 'website_domain', 'user_id', 'minted', 'status', 'turns',
-  'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting', 'rate_tat_ms'})
-if not session.format and redis.call('EXISTS', session_key) == 0 then return absent(fence_key, ticket_key) end
+  'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting', 'rate_tat_ms', 'epoch', 'id'})
+if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
 local broken = misplaced(session)
 for _, name in ipairs({'agent_id', 'website_domain', 'user_id', 'status', 'turn_message_id', 'waiting'}) do
   broken = broken or not session[name] and name

@@ -1,19 +1,19 @@
 #!lua flags=allow-oom
 -- Ends a session for good. A running turn loses its lease and will not be committed. Repeating it changes nothing.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 running zset, 6 ticket string, 7 epoch hash
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
 --      user_id ('' none), trusted (1 | 0), ticket_ms, channel
 -- replies (session_id and nonce follow the word)
 --   ended   header
---   absent  ticket
+--   absent  ticket, id
 --   erased | foreign | unauthorized
 --   damaged field
-local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key =
-  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
+local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key, epoch_key =
+  KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key) end
+if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
 local barrier = barred(session)
 if barrier then return barrier end
 if session.status ~= 'ended' then

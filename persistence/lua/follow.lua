@@ -1,7 +1,7 @@
 #!lua flags=allow-oom
 -- Reads the log of a turn from a cursor on, and the state of the turn.
 --
--- KEYS 1 session hash, 2 events stream, 3 fence string, 4 ticket string
+-- KEYS 1 session hash, 2 events stream, 3 fence string, 4 ticket string, 5 epoch hash
 -- ARGV session_id, nonce, turn_id, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
 --      user_id ('' none), trusted (1 | 0), after (id of the last entry read, '-': none),
 --      ticket_ms
@@ -9,13 +9,13 @@
 --   running    fence, entries as {id, {field, value, ...}}, lease_left_ms
 --   committed  number, entries, header, the turn's JSON
 --   gone       entries: the turn no longer runs and is not a hot one
---   absent     ticket
+--   absent     ticket, id
 --   erased | foreign | unauthorized
 --   damaged    field
-local session_key, events_key, fence_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local session_key, events_key, fence_key, ticket_key, epoch_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key) end
+if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
 local barrier = barred(session)
 if barrier then return barrier end
 

@@ -2,14 +2,18 @@
 -- Removes records that Postgres has from the outbox, raises `flushed`, and sets the TTLs that are due.
 -- Marking the same record again changes nothing.
 --
--- KEYS 1 outbox stream, 2 outbox bytes string, 3 live zset, 4 ... session hashes
+-- KEYS 1 outbox stream, 2 outbox bytes string, 3 live zset, 4 epoch hash, 5 ... session hashes
 -- ARGV session_id ('' : several sessions), nonce, group,
---      records (separated by a space, each `entry,bytes,fact,index`, the index that of its session's key from 1)
+--      epoch (in which the records were taken), records (separated by a space, each `entry,bytes,fact,index`, the index
+--      that of its session's key from 1)
 -- replies (session_id and nonce follow the word)
---   marked  number of records removed
-local outbox_key, bytes_key, live_key = KEYS[1], KEYS[2], KEYS[3]
+--   marked     number of records removed
+--   forgotten  the records were taken in another epoch: what has their ids now may be something else
+local outbox_key, bytes_key, live_key, epoch_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local session_keys = {}
-for i = 4, #KEYS do session_keys[i - 3] = KEYS[i] end
+for i = 5, #KEYS do session_keys[i - 4] = KEYS[i] end
+
+if (current_epoch(epoch_key) or '0') ~= args.epoch then return reply('forgotten') end
 
 local removed, removed_bytes, entries, done = 0, 0, {}, {}
 for entry, bytes, fact, index in string.gmatch(args.records, '([^, ]+),(%d+),([^, ]+),(%d+)') do

@@ -1,19 +1,22 @@
 #!lua flags=allow-oom
 -- Reads a session and some of its hot turns.
 --
--- KEYS 1 session hash, 2 fence string, 3 ticket string
+-- KEYS 1 session hash, 2 fence string, 3 ticket string, 4 epoch hash
 -- ARGV session_id, nonce, agent_id ('' any), website_domain ('' any), authorized (1 | 0),
---      user_id ('' none), trusted (1 | 0), count (of the newest turns to return), ticket_ms
+--      user_id ('' none), trusted (1 | 0), count (of the newest turns to return), ticket_ms,
+--      any_epoch (1: as Redis has it, whatever Postgres may know since)
 -- replies (session_id and nonce follow the word)
 --   read    ttl_ms (-1: none), first_hot, flushed, id and fence of the running turn ('' none), number of the
 --           first turn returned, header, turns
---   absent  ticket
+--   absent  ticket, id
 --   erased | foreign | unauthorized
 --   damaged field
-local session_key, fence_key, ticket_key = KEYS[1], KEYS[2], KEYS[3]
+local session_key, fence_key, ticket_key, epoch_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key) end
+if not session or args.any_epoch ~= '1' and not settled(epoch_key, session) then
+  return absent(epoch_key, fence_key, ticket_key, session)
+end
 local barrier = barred(session)
 if barrier then return barrier end
 

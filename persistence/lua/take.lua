@@ -4,14 +4,14 @@
 -- skipped: the worker has them in hand. It reads the records beside this script (outbox.py): through Lua it takes Redis four
 -- times as long.
 --
--- KEYS 1 outbox stream
+-- KEYS 1 outbox stream, 2 epoch hash
 -- ARGV session_id ('' : no session), nonce, group, consumer, count, claim_idle_ms (0: claim nothing),
 --      after (an entry's id, 0: nothing is in hand)
 -- replies (session_id and nonce follow the word)
---   pending  ids that XAUTOCLAIM found deleted: the consumer has records behind `after`
+--   pending  ids that XAUTOCLAIM found deleted, epoch (0: none): the consumer has records behind `after`
 --   new      the same: the outbox may have records that no consumer has
 --   nothing  the same
-local outbox_key = KEYS[1]
+local outbox_key, epoch_key = KEYS[1], KEYS[2]
 
 local function pending()
   local from = args.after == '0' and '-' or '(' .. args.after
@@ -31,4 +31,4 @@ if args.claim_idle_ms ~= '0' then
   held, deleted = pending(), claimed[3]
 end
 local word = #held > 0 and 'pending' or redis.call('XLEN', outbox_key) > 0 and 'new' or 'nothing'
-return reply(word, deleted)
+return reply(word, deleted, whole(current_epoch(epoch_key)) or 0)

@@ -1,16 +1,16 @@
 #!lua flags=allow-oom
 -- Marks a session as timed out after idle_ms without activity. A visitor who comes back makes it active again.
 --
--- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 ticket string
+-- KEYS 1 session hash, 2 outbox stream, 3 outbox bytes string, 4 fence string, 5 ticket string, 6 epoch hash
 -- ARGV session_id, nonce, idle_ms, ticket_ms
 -- replies (session_id and nonce follow the word)
 --   timed_out | kept
---   absent  ticket
+--   absent  ticket, id
 --   damaged field
-local session_key, outbox_key, bytes_key, fence_key, ticket_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
+local session_key, outbox_key, bytes_key, fence_key, ticket_key, epoch_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 
 local session = load(session_key)
-if not session then return absent(fence_key, ticket_key) end
+if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
 local broken = damage(session)
 if broken then return reply('damaged', broken) end
 local now = now_ms()

@@ -30,7 +30,8 @@ RECORD_FORMAT = 2
 class Column(msgspec.Struct, frozen=True):
     """A column of `agent_sessions`, and what it gets of the field's value: by the field's kind, or `pick` of it.
 
-    `changes` tells whether a later revision may replace it. `null` is the stored text that is NULL in the column, None when
+    `changes` tells whether a later revision may replace it, `final` when none may any more, in whatever order they come: an
+    SQL condition on a row `{0}`. `null` is the stored text that is NULL in the column, None when
     NULL means that nothing was ever written.
     """
 
@@ -39,6 +40,11 @@ class Column(msgspec.Struct, frozen=True):
     changes: bool = False
     null: str | None = None
     pick: Callable[[Any], Any] | None = None
+    final: str = ""
+
+
+ENDED = "({0}.status = 'ended')"
+BOUND = "({0}.user_id IS NOT NULL OR {0}.external_user_id IS NOT NULL)"
 
 
 class Field(msgspec.Struct, frozen=True):
@@ -138,7 +144,7 @@ HEADER = (
         "status",
         choice("active", "ended", "timeout", "erased"),
         "erased: until Postgres has erased it too",
-        (Column("status", "text", changes=True),),
+        (Column("status", "text", changes=True, final=ENDED),),
         initial="active",
     ),
     Field(
@@ -146,8 +152,8 @@ HEADER = (
         TEXT,
         "the verified user whose session it is; empty: anonymous",
         (
-            Column("user_id", "uuid", changes=True, pick=_user_uuid),
-            Column("external_user_id", "text", changes=True, pick=_external_user),
+            Column("user_id", "uuid", changes=True, pick=_user_uuid, final=BOUND),
+            Column("external_user_id", "text", changes=True, pick=_external_user, final=BOUND),
         ),
     ),
     Field("website_domain", TEXT, "the website it is bound to", (Column("website_domain", "text", null=""),)),
@@ -164,7 +170,7 @@ HEADER = (
         "ended_at",
         optional(MOMENT),
         "when it ended or timed out; empty until then",
-        (Column("ended_at", "timestamptz", changes=True, null=""),),
+        (Column("ended_at", "timestamptz", changes=True, null="", final=ENDED),),
         initial="",
     ),
     # Postgres counts the messages that it has: flush.sql.
@@ -193,6 +199,7 @@ STATE = (
     Field("turn_message_id", TEXT, "the running turn's message_id and digest, separated by a space", initial=""),
     Field("waiting", TEXT, "the waiting turns in their order, as `turn_id@dropped_at_ms`, separated by spaces", initial=""),
     Field("rate_tat_ms", TEXT, "up to when its rate limit is charged", initial=""),
+    Field("epoch", WHOLE, "the epoch in which it was last known to be what Postgres knows of it, or newer", default="0"),
 )
 
 SESSION_FIELDS = SessionFields(HEADER, STATE, Session)

@@ -4,9 +4,9 @@ Works behind PgBouncer in transaction mode: every statement runs inside a transa
 setting outlives one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 import asyncpg
@@ -67,6 +67,14 @@ class SessionFilter(msgspec.Struct, frozen=True):
             and self.website_domain in (None, session.website_domain)
             and self.channel in (None, session.channel)
         )
+
+
+class Forgotten(msgspec.Struct, frozen=True):
+    """A session of which Redis has forgotten a final fact that Postgres knows. `id` is its UUID."""
+
+    session_id: str
+    id: str
+    what: Literal["erased", "ended", "user"]
 
 
 class Totals(msgspec.Struct):
@@ -145,9 +153,26 @@ class Postgres:
         async with self.transaction() as transaction:
             return int((await transaction.fetch("ping"))[0][0])
 
+    async def load_marks(self) -> dict[int, tuple[int, int]]:
+        """Of each partition that Postgres has records of: the newest epoch, and the newest fence of a turn."""
+        async with self.transaction() as transaction:
+            rows = await transaction.fetch("load_marks")
+        return {row["partition"]: (row["epoch"], row["fence"]) for row in rows}
+
+    async def raise_marks(self, epochs: Mapping[int, int]) -> None:
+        """Notes the epochs that partitions have begun."""
+        partitions = sorted(epochs)
+        async with self.transaction() as transaction:
+            await transaction.fetch("raise_marks", partitions, [epochs[partition] for partition in partitions])
+
     async def find_session(self, session_id: str) -> Session | None:
         async with self.transaction() as transaction:
             return await transaction.find_session(session_id)
+
+    async def erased_ids(self, ids: Collection[str]) -> set[str]:
+        """Those of some sessions' ids that have been erased."""
+        async with self.transaction() as transaction:
+            return await transaction.erased_ids(ids)
 
     async def find_snapshot(self, session_id: str, hot_turns: int) -> Snapshot | None:
         """A session with up to `hot_turns` of its newest turns."""
@@ -248,23 +273,60 @@ class Transaction:
         rows = await self.fetch("load_turns", UUID(session.id), first)
         return Snapshot(session, first, turns_of(rows, first, session))
 
-    async def flush(self, records: Sequence[Record]) -> None:
-        """Writes the records into the tables. Flushing a record again changes nothing."""
+    async def erased_ids(self, ids: Collection[str]) -> set[str]:
+        """Those of some sessions' ids that have been erased."""
+        return {str(row["id"]) for row in await self.fetch("erased_ids", [UUID(one) for one in ids])}
+
+    async def stored_messages(self, ids: Collection[str]) -> set[str]:
+        """Those of some messages' ids that are stored."""
+        return {str(row["id"]) for row in await self.fetch("stored_messages", [UUID(one) for one in ids])}
+
+    async def flush(self, records: Sequence[Record]) -> list[Forgotten]:
+        """Writes the records into the tables. Flushing a record again changes nothing. Returns the sessions of which
+        Postgres knows something final that their newest record does not."""
         erased = [UUID(record.session.id) for record in records if record.session.status == "erased"]
         kept = [record for record in records if record.session.status != "erased"]
         await self.fetch("lock_erase" if erased else "lock_flush")
         if erased:
             await self.fetch("erase_sessions", erased)
         if not kept:
-            return
+            return []
         newest: dict[str, Session] = {}
         for record in kept:
             known = newest.get(record.session.id)
-            if known is None or known.revision < record.session.revision:
-                newest[record.session.id] = record.session
-        changed = await self.fetch("flush", *message_columns(kept), *session_columns(newest.values(), self._fields))
-        if changed:
-            await self.fetch("write_histories", [row["id"] for row in changed])
+            newest[record.session.id] = record.session if known is None else _newer(known, record.session)
+        rows = await self.fetch("flush", *message_columns(kept), *session_columns(newest.values(), self._fields))
+        over = [row["id"] for row in rows if row["status"] in ("ended", "timeout")]
+        if over:
+            await self.fetch("write_histories", over)
+        return [forgotten for row in rows if (forgotten := _forgotten(row, newest[str(row["id"])]))]
+
+    async def mark(self, partition: int, epoch: int, records: Sequence[Record]) -> None:
+        """Notes how far Postgres is with a partition, once these records of that epoch are in it. Last in a transaction: the
+        row is locked until it ends."""
+        fence = max((record.turn.fence for record in records if record.turn), default=0)
+        await self.fetch("mark", partition, epoch, fence)
+
+
+def _newer(one: Session, other: Session) -> Session:
+    """The newer of two states of a session, with what is final in either."""
+    older, newer = sorted((one, other), key=lambda session: session.revision)
+    if older.status == "ended" != newer.status:
+        newer = msgspec.structs.replace(newer, status="ended", ended_at=older.ended_at)
+    if older.user_id and not newer.user_id:
+        newer = msgspec.structs.replace(newer, user_id=older.user_id)
+    return newer
+
+
+def _forgotten(row: asyncpg.Record, newest: Session) -> Forgotten | None:
+    """What a session's row has that its newest record does not know."""
+    if row["status"] == "erased":
+        return Forgotten(newest.session_id, newest.id, "erased")
+    if row["status"] == "ended" != newest.status:
+        return Forgotten(newest.session_id, newest.id, "ended")
+    if row["user_id"] and not newest.user_id:
+        return Forgotten(newest.session_id, newest.id, "user")
+    return None
 
 
 async def _nothing_to_reset(connection: asyncpg.Connection) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import AbstractBackoff
 from redis.exceptions import ClusterCrossSlotError, RedisError, ResponseError
 
@@ -70,6 +70,41 @@ def _connect_cluster(url: RedisUrl, options: dict[str, Any]) -> RedisCluster:
     return RedisCluster(startup_nodes=nodes, max_connections=MAX_CONNECTIONS, **options)
 
 
+class NewestSentinel(Sentinel):
+    """Asks all Sentinels at once, and believes the one that knows of the latest failover: the first that answers may be cut
+    off with an old master."""
+
+    async def discover_master(self, service_name: str) -> tuple[str, int]:
+        """The address of the master. Raises MasterNotFoundError."""
+        asked = [asyncio.ensure_future(self._state(sentinel, service_name)) for sentinel in self.sentinels]
+        for task in asked:
+            task.add_done_callback(retrieve)
+        try:
+            answered: set[asyncio.Future[dict[str, Any] | None]] = set()
+            pending = set(asked)
+            # A majority knows of every failover, for a majority has agreed to it.
+            while pending and sum(task.result() is not None for task in answered) <= len(asked) // 2:
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                answered |= done
+        finally:
+            for task in asked:
+                task.cancel()
+        states = [state for task in answered if (state := task.result()) is not None]
+        if not states:
+            raise MasterNotFoundError(f"no Sentinel knows a master of {service_name!r}")
+        newest = max(states, key=lambda state: int(state["config-epoch"]))
+        return str(newest["ip"]), int(newest["port"])
+
+    async def _state(self, sentinel: Redis, service_name: str) -> dict[str, Any] | None:
+        """What a Sentinel knows of the master, None unless it knows one that is up."""
+        try:
+            states: Any = await sentinel.sentinel_masters()
+        except (RedisError, OSError):
+            return None
+        state: dict[str, Any] | None = states.get(service_name)
+        return state if state is not None and self.check_master_state(state, service_name) else None
+
+
 def _connect_sentinel(url: RedisUrl, options: dict[str, Any]) -> Redis:
     sentinel_options = {name: options[name] for name in ("protocol", "socket_timeout", "socket_connect_timeout")}
     if url.tls:
@@ -78,17 +113,9 @@ def _connect_sentinel(url: RedisUrl, options: dict[str, Any]) -> Redis:
         sentinel_options["username"] = url.sentinel_username
     if url.sentinel_password:
         sentinel_options["password"] = url.sentinel_password
-    sentinel = Sentinel(list(url.hosts), sentinel_kwargs=sentinel_options, **options, db=url.db)  # type: ignore[no-untyped-call]
+    sentinel = NewestSentinel(list(url.hosts), sentinel_kwargs=sentinel_options, **options, db=url.db)  # type: ignore[no-untyped-call]
     client: Redis = sentinel.master_for(url.service)
     return client
-
-
-async def drop_connections(client: Client) -> None:
-    """Closes every pooled connection, in use or idle: replies still unread on them are never read."""
-    if isinstance(client, RedisCluster):
-        await asyncio.gather(*(node.disconnect() for node in client.get_nodes()), return_exceptions=True)
-    else:
-        await client.connection_pool.disconnect(inuse_connections=True)
 
 
 async def call(operation: Callable[[], Awaitable[Any]], timeout_s: float = CALL_TIMEOUT_S) -> Any:

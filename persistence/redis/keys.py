@@ -3,13 +3,17 @@
 key                                type    life                      written by
 gw:{p}:session:<session_id>        hash    TTL only when all of it   lua/open, begin, commit, abort, cancel, renew, hydrate,
                                            is in Postgres and no     end, time_out, erase, mark_flushed, dead_letter,
-                                           turn runs on it           retry_dead, reap; its fields: model/fields.py
+                                           turn runs on it           retry_dead, reap, reconcile, doubt; its fields:
+                                                                     model/fields.py
 gw:{p}:outbox                      stream  permanent                 lua/open, begin, commit, end, time_out, erase,
                                                                      retry_dead: records on their way to Postgres
 gw:{p}:outbox_bytes                string  permanent                 the same, mark_flushed, dead_letter: the size of the
                                                                      records on the outbox
 gw:{p}:dead                        stream  permanent                 lua/dead_letter, retry_dead, erase: dead letters
-gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given)
+gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given),
+                                                                     settle (never lower than Postgres knows)
+gw:{p}:epoch                       hash    permanent                 lua/settle, reconcile: `epoch`, and the replication id
+                                                                     of the `server` that it began with; see README
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim:
                                                                      sessions by their last activity, in ms
 gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn:
@@ -90,11 +94,17 @@ class Keys:
         """The hash of an agent's definition (by id) or of the pointer to it (by name)."""
         return f"{self.prefix}:agent:{reference}"
 
+    def epoch(self, partition: int) -> str:
+        return f"{self._heads[partition]}epoch"
+
+    def fence(self, partition: int) -> str:
+        return f"{self._heads[partition]}fence"
+
     def limit(self, bucket: str) -> str:
         """A limit of an address, an agent or a domain."""
         return f"{self.prefix}:limit:{{{self.partition(bucket)}}}:{bucket}"
 
     def permanent(self) -> set[str]:
         """The keys without a TTL, but for those of agents."""
-        names = ("outbox", "outbox_bytes", "dead", "fence", "live", "running", "logs")
+        names = ("outbox", "outbox_bytes", "dead", "fence", "epoch", "live", "running", "logs")
         return {self.meta} | {head + name for head in self._heads for name in names}

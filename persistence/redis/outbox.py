@@ -8,6 +8,7 @@ from itertools import chain
 
 import msgspec
 
+from persistence.model.codec import decode_record
 from persistence.model.session import Record
 from persistence.redis.keys import GROUP, Keys
 from persistence.redis.pool import Argument
@@ -19,10 +20,12 @@ CLAIM_IDLE_MS = 10_000
 
 
 class Taken(msgspec.Struct):
-    """Entries as (id, [field, value, ...]); `deleted` are ids of pending entries that no longer exist."""
+    """Entries as (id, [field, value, ...]); `deleted` are ids of pending entries that no longer exist. `epoch` is the
+    partition's, 0 without one: the entries can be acknowledged in this one alone."""
 
     entries: list[tuple[bytes, list[bytes]]]
     deleted: list[bytes]
+    epoch: int
 
 
 class Backlog(msgspec.Struct):
@@ -58,37 +61,55 @@ class Outbox:
         """Up to `count` records: this consumer's pending ones behind the entry `after`; if it has none, new ones, and with
         `claim` those of dead workers. Raises RedisUnavailable."""
         outbox = self._keys.outbox(partition)
+        keys = [outbox, self._keys.epoch(partition)]
         arguments: dict[str, Argument] = {"group": GROUP, "consumer": self._consumer, "count": count, "after": after}
         claim_idle_ms = CLAIM_IDLE_MS if claim else 0
-        where, deleted = await self._scripts.run("take", "", [outbox], {**arguments, "claim_idle_ms": claim_idle_ms})
+        where, deleted, epoch = await self._scripts.run("take", "", keys, {**arguments, "claim_idle_ms": claim_idle_ms})
         if where == "nothing":
-            return Taken([], deleted)
+            return Taken([], deleted, epoch)
 
         async def read(behind: bytes) -> list[tuple[bytes, list[bytes]]]:
             command = ("XREADGROUP", "GROUP", GROUP, self._consumer, "COUNT", count, "STREAMS", outbox, behind)
             # The script runs once more for its echo alone, which proves whose reply this is.
-            streams = await self._scripts.read_and_run(command, "take", "", [outbox], {**arguments, "claim_idle_ms": 0})
+            streams = await self._scripts.read_and_run(command, "take", "", keys, {**arguments, "claim_idle_ms": 0})
             # A pending entry that was deleted comes without fields.
             return [(entry, _flat(fields)) for entry, fields in (streams[0][1] if streams else []) if fields]
 
         entries = await read(after) if where == "pending" else []
-        return Taken(entries or await read(b">"), deleted)
+        return Taken(entries or await read(b">"), deleted, epoch)
 
     async def leave(self, partition: int, entries: Sequence[bytes]) -> None:
         """Leaves taken records pending for the next worker that claims; this one goes on behind them."""
         outbox, ids = self._keys.outbox(partition), b" ".join(entries)
         await self._scripts.run("leave", "", [outbox], {"group": GROUP, "entries": ids, "idle_ms": CLAIM_IDLE_MS})
 
-    async def mark_flushed(self, partition: int, records: Sequence[Record]) -> int:
-        """Acknowledges records that are in Postgres; the number that this call removed from the outbox."""
+    async def mark_flushed(self, partition: int, records: Sequence[Record], epoch: int) -> int:
+        """Acknowledges records that are in Postgres and were taken in `epoch`; the number that this call removed from the
+        outbox. In another epoch it removes none: they are taken again."""
         session_ids = list(dict.fromkeys(record.session.session_id for record in records))
         index = {session_id: i + 1 for i, session_id in enumerate(session_ids)}
         tokens = " ".join(
             f"{record.entry},{record.bytes},{record.fact},{index[record.session.session_id]}" for record in records
         )
-        keys = [*self._outbox(partition), self._keys.live(partition), *map(self._keys.session, session_ids)]
-        reply = await self._scripts.run("mark_flushed", "", keys, {"group": GROUP, "records": tokens}, 5)
-        return int(reply[1])
+        sessions = map(self._keys.session, session_ids)
+        keys = [*self._outbox(partition), self._keys.live(partition), self._keys.epoch(partition), *sessions]
+        reply = await self._scripts.run("mark_flushed", "", keys, {"group": GROUP, "epoch": epoch, "records": tokens}, 5)
+        return int(reply[1]) if reply[0] == "marked" else 0
+
+    async def records_of(self, partition: int, session_id: str) -> list[Record]:
+        """The records about a session that its hash says are on the outbox, oldest first. Raises Damaged."""
+        unflushed = await self._scripts.command("HGET", self._keys.session(session_id), "unflushed")
+        outbox = self._keys.outbox(partition)
+        records = []
+        for token in (unflushed or b"").split():
+            entry = token.rpartition(b"@")[2]
+            for found, fields in await self._scripts.command("XRANGE", outbox, entry, entry):
+                records.append(decode_record(found, fields, self._scripts.fields))
+        return records
+
+    async def count(self, partition: int, what: str, number: int) -> None:
+        """Adds to a counter of the partition's epoch hash, for operators."""
+        await self._scripts.command("HINCRBY", self._keys.epoch(partition), what, number)
 
     def _outbox(self, partition: int) -> tuple[str, str]:
         """The keys of an outbox and of its byte counter."""

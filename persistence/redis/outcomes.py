@@ -1,5 +1,6 @@
 """The outcomes of operations of the Redis layer."""
 
+from enum import Enum
 from typing import Literal
 
 import msgspec
@@ -52,9 +53,23 @@ class Queued(msgspec.Struct):
 
 
 class Absent(msgspec.Struct):
-    """The session is not in Redis. What is read from Postgres from now on may be installed under `ticket`."""
+    """The session is not in Redis. What is read from Postgres from now on may be installed under `ticket`.
+
+    With an id in `held` it is there, as of an older epoch: Postgres may know something of it that Redis has forgotten.
+    """
 
     ticket: int
+    held: str = ""
+
+
+class Reconciled(Enum):
+    """What became of a session of an older epoch that was compared with Postgres: it is current now; Postgres knows more,
+    and all that Redis has; Postgres knows something else, and Redis has records on the way there; ask again."""
+
+    KEPT = "kept"
+    BEHIND = "behind"
+    WAITING = "waiting"
+    STALE = "stale"
 
 
 class Refused(msgspec.Struct):

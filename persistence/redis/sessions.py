@@ -24,9 +24,10 @@ from persistence.model.ids import masked
 from persistence.model.kinds import encode_object
 from persistence.model.session import Access, NewSession, Session, Snapshot, Turn
 from persistence.model.times import ms_of
+from persistence.redis.epochs import Fences
 from persistence.redis.keys import GROUP, Keys
 from persistence.redis.log_entries import Part, log_arguments
-from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Opened, Queued, Refused, Replay
+from persistence.redis.outcomes import Absent, Begun, Busy, Committed, Hot, Opened, Queued, Reconciled, Refused, Replay
 from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts
 
@@ -48,7 +49,9 @@ class SessionStore:
         lease_ms: int = 15_000,
         max_backlog: int = 200_000,
         max_backlog_bytes: int = 2**30,
+        fences: Fences | None = None,
     ) -> None:
+        self._fences = fences or Fences()
         self._scripts = scripts
         self._fields = scripts.fields
         self._keys = keys
@@ -84,7 +87,7 @@ class SessionStore:
         reply, fields = await self._scripts.run_and_read(
             "begin",
             session_id,
-            self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket"),
+            self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket", "epoch"),
             {
                 "turn_id": turn_id,
                 **access_arguments(access),
@@ -106,6 +109,7 @@ class SessionStore:
         where = f"session {masked(session_id)}"
         match reply:
             case ["begun", fence, now_ms, rate_ahead_ms]:
+                self._fences.note(self._keys.partition(session_id), int(fence))
                 if fields.get(b"turn") != turn_id.encode():
                     # The turn was ended between the script and the read of the hash: the script knows how.
                     return await self.begin(session_id, turn_id, access, policy, message_id=message_id, digest=digest)
@@ -116,8 +120,8 @@ class SessionStore:
                     await self.abort(session_id, turn_id, int(fence))
                     raise
                 return Begun(int(fence), int(now_ms), session, history, rate_ahead_ms)
-            case ["absent", ticket]:
-                return Absent(ticket)
+            case ["absent", ticket, held]:
+                return Absent(ticket, held.decode())
             case ["replay", number, header, turn]:
                 return Replay(decode_session(header, where, self._fields), number, decode_turn(turn, where, f"t:{number}"))
             case ["busy", left_ms, same, running]:
@@ -136,21 +140,22 @@ class SessionStore:
         """Appends the turn to the session of `begun` and puts its record on the outbox; None when the turn has lost the
         session.
 
-        The session's last activity is the turn's last message. `context` None leaves the session's; `part` has the events
-        that are missing in the turn's log. Committing the same turn again adds nothing.
+        The turn gets the session's next numbers; its last message is the session's last activity. `context` None leaves the
+        session's; `part` has the events that are missing in the turn's log. Committing the same turn again adds nothing.
         """
         before = begun.session
-        session_id, encoded = before.session_id, encode_turn(turn)
+        session_id = before.session_id
         keys = [
             *self._key(session_id, "outbox", "outbox_bytes", "live", "running", "logs"),
             self._keys.events(session_id, turn.id),
         ]
         while True:
+            turn.seq = before.message_count + 1
             after = msgspec.structs.replace(
                 before,
                 status="active",
                 ended_at="",
-                turns=begun.session.turns + 1,
+                turns=before.turns + 1,
                 message_count=before.message_count + len(turn.messages),
                 last_activity_at=turn.messages[-1].created_at,
                 context=before.context if context is None else context,
@@ -165,7 +170,7 @@ class SessionStore:
                     "fence": begun.fence,
                     "revision": before.revision,
                     "number": after.turns,
-                    "turn": encoded,
+                    "turn": encode_turn(turn),
                     "message_count": after.message_count,
                     "last_activity_at": after.last_activity_at,
                     "last_activity_ms": ms_of(after.last_activity_at),
@@ -179,7 +184,8 @@ class SessionStore:
                 case ["committed"]:
                     return Committed(after.message_count, after.last_activity_at)
                 case ["changed", header]:
-                    # The session was given to a user while the turn ran: the turn is committed to that user's session.
+                    # While the turn ran the session was given to a user, or Redis learned from Postgres what it had
+                    # forgotten of it: the turn is committed to what the session is now.
                     before = decode_session(header, f"session {masked(session_id)}", self._fields)
                 case _:
                     return None
@@ -205,7 +211,7 @@ class SessionStore:
         reply = await self._scripts.run(
             "open",
             new.session_id,
-            self._key(new.session_id, "outbox", "outbox_bytes", "fence", "live", "ticket"),
+            self._key(new.session_id, "outbox", "outbox_bytes", "fence", "live", "ticket", "epoch"),
             {
                 "id": new.id,
                 **access_arguments(Access(new.agent_id, new.website_domain, authorized, new.user_id, trusted)),
@@ -223,15 +229,18 @@ class SessionStore:
         match reply:
             case ["opened" | "found" as word, header]:
                 return Opened(decode_session(header, f"session {masked(new.session_id)}", self._fields), word == "opened")
-            case ["absent", given]:
-                return Absent(given)
+            case ["absent", given, held]:
+                return Absent(given, held.decode())
             case _:
                 return Refused(reply[0])
 
-    async def read(self, session_id: str, access: Access, count: int = 0) -> Hot | Absent | Refused:
-        """The session, with up to `count` of its newest hot turns."""
-        arguments = {**access_arguments(access), "count": count, "ticket_ms": TICKET_MS}
-        reply = await self._scripts.run("read", session_id, self._key(session_id, "fence", "ticket"), arguments)
+    async def read(
+        self, session_id: str, access: Access, count: int = 0, *, any_epoch: bool = False
+    ) -> Hot | Absent | Refused:
+        """The session, with up to `count` of its newest hot turns. With `any_epoch` as Redis has it, whatever Postgres may
+        know since: for lists."""
+        arguments = {**access_arguments(access), "count": count, "ticket_ms": TICKET_MS, "any_epoch": int(any_epoch)}
+        reply = await self._scripts.run("read", session_id, self._key(session_id, "fence", "ticket", "epoch"), arguments)
         match reply:
             case ["read", ttl_ms, first_hot, flushed, running, fence, first, header, turns]:
                 where = f"session {masked(session_id)}"
@@ -246,13 +255,14 @@ class SessionStore:
                     first,
                     decoded,
                 )
-            case ["absent", ticket]:
-                return Absent(ticket)
+            case ["absent", ticket, held]:
+                return Absent(ticket, held.decode())
             case _:
                 return Refused(reply[0])
 
     async def hydrate(self, snapshot: Snapshot, ticket: int, hot_ttl_s: int) -> bool:
-        """Installs a session that was read from Postgres; False when the ticket is stale."""
+        """Installs a session that was read from Postgres, also in place of one of an older epoch that Postgres has all of;
+        False when the ticket is stale."""
         session, first = snapshot.session, snapshot.first
         stored: dict[str, Argument] = {
             **self._fields.texts(session),
@@ -261,30 +271,48 @@ class SessionStore:
         reply = await self._scripts.run(
             "hydrate",
             session.session_id,
-            self._key(session.session_id, "live", "ticket"),
+            self._key(session.session_id, "live", "ticket", "epoch", "running"),
             {"ticket": ticket, "hot_ttl_s": hot_ttl_s, "first_hot": first},
             rest=list(chain.from_iterable(stored.items())),
         )
         return bool(reply[0] == "hydrated")
 
+    async def reconcile(self, session_id: str, ticket: int, stored: Session | None, *, vouched: bool = False) -> Reconciled:
+        """Compares a session of an older epoch with what Postgres has of it (None: nothing), read under `ticket`.
+
+        With `vouched` nobody has looked there: it is taken as it is, and looked at again in the next epoch. Raises Damaged.
+        """
+        arguments: dict[str, Argument] = {
+            "ticket": ticket,
+            "id": stored.id if stored else "",
+            "revision": stored.revision if stored else 0,
+            "vouched": int(vouched),
+        }
+        reply = await self._scripts.run("reconcile", session_id, self._key(session_id, "ticket", "epoch"), arguments)
+        return Reconciled(reply[0])
+
+    async def doubt(self, session_id: str) -> None:
+        """Has the session compared with Postgres at its next use."""
+        await self._scripts.run("doubt", session_id, self._key(session_id, "ticket"), {})
+
     async def end(self, session_id: str, access: Access) -> Session | Absent | Refused:
         """Ends the session for good."""
-        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket")
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket", "epoch")
         arguments = {**access_arguments(access), "ticket_ms": TICKET_MS, "channel": self._keys.channel(session_id)}
         reply = await self._scripts.run("end", session_id, keys, arguments)
         match reply:
             case ["ended", header]:
                 return decode_session(header, f"session {masked(session_id)}", self._fields)
-            case ["absent", ticket]:
-                return Absent(ticket)
+            case ["absent", ticket, held]:
+                return Absent(ticket, held.decode())
             case _:
                 return Refused(reply[0])
 
     async def time_out(self, session_id: str, idle_ms: int) -> bool | Absent:
         """Marks the session as timed out if it was idle for `idle_ms`; whether it was."""
-        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "ticket")
+        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "ticket", "epoch")
         reply = await self._scripts.run("time_out", session_id, keys, {"idle_ms": idle_ms, "ticket_ms": TICKET_MS})
-        return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "timed_out"
+        return Absent(reply[1], reply[2].decode()) if reply[0] == "absent" else reply[0] == "timed_out"
 
     async def erase(self, session_id: str, access: Access) -> str | Absent | Refused:
         """Erases the session; returns its UUID."""
@@ -292,18 +320,24 @@ class SessionStore:
         match reply:
             case ["erased", session_uuid]:
                 return str(session_uuid.decode())
-            case ["absent", ticket]:
-                return Absent(ticket)
+            case ["absent", ticket, held]:
+                return Absent(ticket, held.decode())
             case _:
                 return Refused(reply[0])
 
     async def erase_idle(self, session_id: str, agent_id: str, idle_ms: int) -> bool | Absent:
         """Erases an agent's session if it was idle for `idle_ms`; whether it was."""
         reply = await self._erase(session_id, Access(agent_id, authorized=True, trusted=True), idle_ms)
-        return Absent(reply[1]) if reply[0] == "absent" else reply[0] == "erased"
+        return Absent(reply[1], reply[2].decode()) if reply[0] == "absent" else reply[0] == "erased"
 
-    async def _erase(self, session_id: str, access: Access, idle_ms: int | str) -> list[Any]:
-        keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket", "logs")
+    async def erase_again(self, session_id: str, session_uuid: str) -> bool:
+        """Erases a session that Postgres has erased and Redis has forgotten to have; whether it was there."""
+        access = Access(authorized=True, trusted=True)
+        return bool((await self._erase(session_id, access, "", forgotten=session_uuid))[0] == "erased")
+
+    async def _erase(self, session_id: str, access: Access, idle_ms: int | str, *, forgotten: str = "") -> list[Any]:
+        names = ("outbox", "outbox_bytes", "fence", "live", "running", "dead", "ticket", "logs", "epoch")
+        keys = self._key(session_id, *names)
         logged = ""
         while True:
             # Only Redis knows which turns have logs, and a script has to be given its keys.
@@ -314,6 +348,7 @@ class SessionStore:
                 "channel": self._keys.channel(session_id),
                 "logged": logged,
                 "idle_ms": idle_ms,
+                "forgotten": forgotten,
             }
             logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
             reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments)

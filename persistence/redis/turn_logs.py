@@ -79,6 +79,7 @@ class TurnLogs:
             self._keys.events(session_id, turn_id),
             f"{head}fence",
             f"{head}ticket:{session_id}",
+            f"{head}epoch",
         ]
         arguments = {
             "turn_id": turn_id,
@@ -96,8 +97,8 @@ class TurnLogs:
                 return Following(fence, events, session=decode_session(header, where, self._scripts.fields), turn=decoded)
             case ["gone", entries]:
                 return Following(*_events(entries, where))
-            case ["absent", ticket]:
-                return Absent(ticket)
+            case ["absent", ticket, held]:
+                return Absent(ticket, held.decode())
             case [word]:
                 return Refused(_reason(word))
         raise Damaged(where, "reply", "of follow")

@@ -1,6 +1,7 @@
 -- Writes sessions and messages: of each session the newest revision, and messages that are not stored yet; `message_count`
--- grows by the number of messages really inserted. Returns the sessions that have ended or timed out and were changed: their
--- history is to be written. Rows are locked in the same order by all workers (messages, then sessions, unchanged ones too),
+-- grows by the number of messages really inserted. What is final in either revision stays: an end, a user. Returns of the
+-- sessions that were changed those that are not active or have a user, and the erased ones, of which nothing is written.
+-- Rows are locked in the same order by all workers (messages, then sessions, unchanged ones too),
 -- so that workers do not deadlock.
 -- Of messages: $1 id uuid[], $2 session_id uuid[], $3 role text[], $4 content text[], $5 audio_url text[],
 -- $6 audio_duration_ms int[], $7 tokens_used int[], $8 latency_ms int[], $9 model_used text[], $10 metadata text[],
@@ -43,7 +44,9 @@ WITH erased AS MATERIALIZED (
             ELSE stored.conversation_history
         END,
         message_count = stored.message_count + excluded.message_count
-    WHERE excluded.revision > stored.revision OR excluded.message_count > 0
-    RETURNING stored.id, stored.status
+    WHERE excluded.revision > stored.revision OR excluded.message_count > 0 OR {finals}
+    RETURNING stored.id, stored.status, coalesce(stored.external_user_id, stored.user_id::text, '') AS user_id
 )
-SELECT id FROM kept WHERE status <> 'active'
+SELECT id, status, user_id FROM kept WHERE status <> 'active' OR user_id <> ''
+UNION ALL
+SELECT id, 'erased', '' FROM erased

@@ -24,7 +24,7 @@ from gateway.settings import Settings
 from persistence.errors import ForeignReply
 from persistence.history import OPERATOR
 from persistence.model.session import Access
-from persistence.redis.connection import connect, drop_connections
+from persistence.redis.connection import connect
 from persistence.redis.keys import Keys
 from persistence.redis.scripts import Scripts
 from persistence.redis.wakeups import WakeUps
@@ -175,7 +175,7 @@ async def test_without_the_check_another_visitors_words_are_shown(
     monkeypatch.setattr(Entrance, "access", access)
     monkeypatch.setattr(Scripts, "_belongs", TrustingScripts._belongs)
     assert await transcript(client, session_id) == [SECRET, f"You said: {SECRET}"]
-    await drop_connections(stores.client)
+    await stores.scripts.drop_connections()
 
 
 async def test_a_turn_that_meets_it_at_its_commit_is_answered_and_stored_once(
@@ -263,7 +263,7 @@ async def test_as_plain_commands_they_would(
     await plant(*READINGS[name][1])
     monkeypatch.setattr(Scripts, "command", TrustingScripts.command)
     wrong = await reading(stores, name)
-    await drop_connections(stores.client)
+    await stores.scripts.drop_connections()
     assert wrong not in (right, ForeignReply)
 
 
@@ -317,7 +317,8 @@ async def test_a_stray_reply_among_the_wake_ups_ends_none_and_is_none(
 @pytest.mark.parametrize("kind", ["cluster"], indirect=True)
 async def test_a_stray_reply_on_the_connection_that_wake_ups_take_is_none(settings: Settings, stores: Stores) -> None:
     await leave_reply(stores.client, "EVAL", "return ARGV", 0, "message", stores.keys.control)
-    publisher = Scripts(connect(settings.redis_url))
+    client = connect(settings.redis_url)
+    publisher = Scripts(client)
     heard: list[str] = []
     running = asyncio.create_task(WakeUps(stores.client, stores.keys).run(heard.append))
 
@@ -329,5 +330,5 @@ async def test_a_stray_reply_on_the_connection_that_wake_ups_take_is_none(settin
     assert set(heard) <= {"", "word"}
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
-    await publisher._client.aclose()
-    await drop_connections(stores.client)
+    await client.aclose()
+    await stores.scripts.drop_connections()

@@ -62,15 +62,15 @@ async def test_a_record_of_the_version_before_has_no_bytes_and_takes_none_off(la
     await layer.chat(session_id)
     before = await counted(layer)
     opened, turn = await layer.take()
-    assert await layer.outbox.mark_flushed(0, [opened]) == 1
+    assert await layer.outbox.mark_flushed(0, [opened], 1) == 1
     assert await counted(layer) == before > 0
-    assert await layer.outbox.mark_flushed(0, [turn]) == 1
+    assert await layer.outbox.mark_flushed(0, [turn], 1) == 1
     assert await counted(layer) == 0
 
 
 Removal = Callable[[Layer, Record], Coroutine[Any, Any, object]]
 REMOVALS: dict[str, Removal] = {
-    "mark_flushed": lambda layer, record: layer.outbox.mark_flushed(0, [record]),
+    "mark_flushed": lambda layer, record: layer.outbox.mark_flushed(0, [record], 1),
     "dead_letter": lambda layer, record: layer.outbox.dead_letter(
         0, record.entry, record.session.session_id, record.fact, "a test"
     ),

@@ -269,7 +269,7 @@ async def test_without_postgres_only_absent_sessions_have_to_wait(
             await check_unavailable(await client.get(f"/api/sessions/{SESSION_ID}"))
             await check_unavailable(await client.delete(f"/api/sessions/{SESSION_ID}"))
     with pytest.raises(PostgresUnavailable):
-        await cut_off.hydrator.hydrate(SESSION_ID, 1)
+        await cut_off.hydrator.hydrate(SESSION_ID, Absent(1))
 
 
 async def check_unavailable(answer: httpx.Response) -> None:
@@ -284,7 +284,7 @@ async def test_a_turn_that_was_refused_for_lack_of_postgres_can_be_repeated(stor
         outcome = await cut_off.sessions.begin(SESSION_ID, turn_id, VISITOR, POLICY)
         assert isinstance(outcome, Absent)
         with pytest.raises(PostgresUnavailable):
-            await cut_off.hydrator.hydrate(SESSION_ID, outcome.ticket)
+            await cut_off.hydrator.hydrate(SESSION_ID, outcome)
     await say(stores, SESSION_ID)
     policy = TurnPolicy(hot_turns=25, hot_ttl_s=1800, if_busy="reject")
     outcome = await stores.sessions.begin(SESSION_ID, turn_id, VISITOR, policy)

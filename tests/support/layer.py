@@ -133,9 +133,10 @@ class Layer:
 
     async def flush(self, partition: int = 0) -> list[Record]:
         """Says of all that is new on the outbox that Postgres has it."""
-        records = await self.take(partition)
+        taken = await self.outbox.take(partition, 1000)
+        records = [decode_record(*entry) for entry in taken.entries]
         if records:
-            await self.outbox.mark_flushed(partition, records)
+            await self.outbox.mark_flushed(partition, records, taken.epoch)
         return records
 
     async def read(self, session_id: str, turns: int = 1000) -> Hot:

@@ -11,6 +11,7 @@ from gateway.app import Stores, build_worker
 from gateway.settings import Settings
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
+from persistence.hydrator import Hydrated
 from persistence.model.agents import TurnPolicy
 from persistence.model.codec import decode_record
 from persistence.model.session import Access, Message, NewSession, Record, Turn
@@ -51,7 +52,7 @@ async def begin(stores: Stores, session_id: str, *, policy: TurnPolicy = POLICY,
         if isinstance(outcome, Begun):
             return turn_id, outcome
         assert isinstance(outcome, Absent), outcome
-        if not await stores.hydrator.hydrate(session_id, outcome.ticket):
+        if await stores.hydrator.hydrate(session_id, outcome) is Hydrated.NOWHERE:
             await stores.sessions.open(new_session(session_id, **fields), ticket=outcome.ticket)
     raise AssertionError(f"{session_id} could not be begun")
 
@@ -116,7 +117,7 @@ async def store_records(stores: Stores, records: Sequence[Record]) -> None:
 
 async def mark(stores: Stores, records: Sequence[Record]) -> int:
     """What a worker does third: lets go of the records."""
-    return await stores.outbox.mark_flushed(0, records)
+    return await stores.outbox.mark_flushed(0, records, 1)
 
 
 async def flush_records(stores: Stores, records: Sequence[Record]) -> None:

@@ -46,7 +46,7 @@ async def leave_reply(
             await client.connection_pool.release(connection)
         else:
             assert isinstance(scripts._pool, HeldPool)
-            scripts._pool._idle.append(connection)
+            scripts._pool.server.idle.append(connection)
         return [socket]
     nodes = list(client.get_primaries())
     if command[2] != 0:
@@ -79,7 +79,7 @@ class TrustingScripts(Scripts):
     async def command(self, command: str, key: str, *arguments: Argument, timeout_s: float = 1.8) -> Any:
         """As a plain command: there is nothing in its reply to look at."""
         tail: list[Argument] = [key, "", "none", command, *arguments]
-        reply = (await self._evaluate("command", 1, tail, timeout_s))[0]
+        reply = (await self._evaluate("command", [key], tail, timeout_s))[0]
         return reply[3] if isinstance(reply, list) and reply[2:3] == [b"none"] else reply
 
 

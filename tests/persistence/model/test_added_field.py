@@ -97,7 +97,7 @@ class Version(Layer):
         self.postgres = Postgres(database_url, timeout_s=30, fields=fields)
         self.hydrator = Hydrator(self.sessions, self.postgres, copies)
         jobs = Housekeeping(self.scripts, self.keys, self.sessions, self.postgres, copies, session_timeout_s=3600)
-        self.worker = Worker(self.outbox, self.postgres, jobs, fields=fields)
+        self.worker = Worker(self.outbox, self.postgres, self.sessions, jobs, fields=fields)
 
     async def session(self, session_id: str) -> Session:
         """The session as an operator reads it, hydrated if need be."""

@@ -461,7 +461,7 @@ async def test_a_stored_hash_of_format_1_is_read_and_goes_on(layer: Layer) -> No
     (record,) = await layer.take()
     assert (record.fact, record.session.revision, record.session.message_count) == ("t:3", 4, 6)
     old = Record("1767225602000-0", "t:2", record.session, None)
-    await layer.outbox.mark_flushed(0, [old, record])
+    await layer.outbox.mark_flushed(0, [old, record], 1)
     assert await layer.has_ttl(session_id)
 
 
@@ -608,7 +608,7 @@ async def test_a_record_with_a_damaged_fact_does_not_stay_on_the_outbox_for_ever
     except Damaged:
         await layer.outbox.dead_letter(0, number.decode(), "", fact, "a test")
     else:
-        await layer.outbox.mark_flushed(0, [record])
+        await layer.outbox.mark_flushed(0, [record], 1)
     assert not await layer.client.execute_command("XLEN", layer.keys.outbox(0))
 
 

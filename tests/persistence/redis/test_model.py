@@ -326,7 +326,7 @@ class Machine(RuleBasedStateMachine):
         records = [self.taken[index] for index in picked]
         self.tables.flush(records)
         if marked:
-            self.run(self.layer.outbox.mark_flushed(0, records))
+            self.run(self.layer.outbox.mark_flushed(0, records, 1))
             self.taken = [record for record in self.taken if record not in records]
 
     @rule(data=st.data(), again=st.booleans())
@@ -356,7 +356,7 @@ class Machine(RuleBasedStateMachine):
         self.take()
         while self.taken:
             self.tables.flush(self.taken)
-            self.run(self.layer.outbox.mark_flushed(0, self.taken))
+            self.run(self.layer.outbox.mark_flushed(0, self.taken, 1))
             self.taken = []
             self.take()
 

@@ -379,7 +379,7 @@ async def test_turns_that_are_cancelled_anywhere_are_committed_once_or_not_at_al
         assert hot.session.message_count == 2 * hot.session.turns
         mine = [record for record in records if record.session.session_id == session_id and record.turn]
         assert [record.turn for record in mine] == hot.turns
-    await layer.outbox.mark_flushed(0, records)
+    await layer.outbox.mark_flushed(0, records, 1)
 
 
 # ------------------------------------------------------------------------------------------------- replies and their lack
@@ -513,7 +513,7 @@ async def test_more_calls_than_connections_wait_for_each_other(layer: Layer) -> 
     found = await asyncio.gather(*(read(layer, ids[number % 10]) for number in range(500)))
     assert [tells(session) for session in found] == [ids[number % 10] for number in range(500)]
     assert isinstance(layer.scripts._pool, HeldPool)
-    assert len(layer.scripts._pool._idle) <= 64
+    assert len(layer.scripts._pool.server.idle) <= 64
 
 
 def test_nothing_stored_is_read_or_written_but_through_the_scripts() -> None:

@@ -702,7 +702,7 @@ async def test_records_that_a_worker_still_holds_do_not_bring_an_erased_session_
     await layer.chat(session_id)
     held = await layer.take()
     await layer.sessions.erase(session_id, ACCESS)
-    await layer.outbox.mark_flushed(0, held)
+    await layer.outbox.mark_flushed(0, held, 1)
     assert (await layer.fields(session_id))["status"] == "erased"
     assert not await layer.has_ttl(session_id)
     await layer.flush()
@@ -813,7 +813,7 @@ async def test_a_session_has_a_ttl_exactly_when_postgres_has_all_of_it_and_no_tu
     seen.append(await layer.has_ttl(session_id))
     records = await layer.take()
     begun, turn_id = await layer.begin(session_id)
-    await layer.outbox.mark_flushed(0, records)
+    await layer.outbox.mark_flushed(0, records, 1)
     seen.append(await layer.has_ttl(session_id))
     await layer.sessions.abort(session_id, turn_id)
     seen.append(await layer.has_ttl(session_id))
@@ -836,7 +836,7 @@ async def test_a_session_that_was_idle_for_longer_still_gets_a_moment(layer: Lay
     session_id = (await layer.open(hot_ttl_s=1)).session_id
     await layer.set(session_id, last_activity_at=iso(0))
     records = await layer.take()
-    await layer.outbox.mark_flushed(0, records)
+    await layer.outbox.mark_flushed(0, records, 1)
     ttl = await layer.client.pttl(layer.keys.session(session_id))
     assert 0 < ttl <= 1000
 
@@ -846,7 +846,7 @@ async def test_a_dead_letter_keeps_its_session_in_redis(layer: Layer) -> None:
     await layer.chat(session_id)
     opened, turn = await layer.take()
     await layer.outbox.dead_letter(0, turn.entry, session_id, turn.fact, "a test")
-    await layer.outbox.mark_flushed(0, [opened])
+    await layer.outbox.mark_flushed(0, [opened], 1)
     await layer.chat(session_id)
     await layer.flush()
     assert not await layer.has_ttl(session_id)
@@ -885,12 +885,12 @@ async def test_a_turn_leaves_the_hot_window_only_after_postgres_has_it(layer: La
         await layer.chat(session_id, policy=policy)
     assert (await layer.read(session_id)).first_hot == 1, "nothing is flushed: nothing leaves"
     records = await layer.take()
-    await layer.outbox.mark_flushed(0, [records[0], records[1], records[3]])  # opened, t:1, t:3
+    await layer.outbox.mark_flushed(0, [records[0], records[1], records[3]], 1)  # opened, t:1, t:3
     assert (await layer.read(session_id)).flushed == 1
     await layer.chat(session_id, policy=policy)
     hot = await layer.read(session_id)
     assert (hot.first_hot, len(hot.turns)) == (2, 4), "t:2 is not in Postgres"
-    await layer.outbox.mark_flushed(0, records)
+    await layer.outbox.mark_flushed(0, records, 1)
     await layer.flush()
     await layer.chat(session_id, policy=policy)
     hot = await layer.read(session_id)
@@ -976,7 +976,7 @@ async def _twice_mark_flushed(layer: Layer) -> Repeated:
     session_id = (await layer.open()).session_id
     await layer.chat(session_id)
     records = await layer.take()
-    return lambda: layer.outbox.mark_flushed(0, records)
+    return lambda: layer.outbox.mark_flushed(0, records, 1)
 
 
 async def _twice_dead_letter(layer: Layer) -> Repeated:
@@ -1136,6 +1136,7 @@ class RecordingScripts(Scripts):
         timeout_s: float = 1.8,
         *,
         rest: Sequence[Argument] = (),
+        durable: bool = False,
     ) -> list[Any]:
         self.declared.update(keys)
         return await super().run(name, session_id, keys, arguments, timeout_s, rest=rest)
