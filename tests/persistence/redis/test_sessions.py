@@ -1022,6 +1022,25 @@ async def _twice_cancel(layer: Layer) -> Repeated:
     return lambda: TurnLogs(layer.scripts, layer.keys).cancel(session_id, turn_id, ACCESS)
 
 
+async def _twice_settle(layer: Layer) -> Repeated:
+    await layer.open()
+    keys = [layer.keys.epoch(0), layer.keys.fence(0)]
+    arguments: dict[str, Argument] = {"server": "another", "after": 3, "redo": 0, "fence": 9, "seen": 12, "jump": 100}
+    return lambda: layer.scripts.run("settle", "", keys, arguments)
+
+
+async def _twice_doubt(layer: Layer) -> Repeated:
+    session_id = (await layer.open()).session_id
+    return lambda: layer.sessions.doubt(session_id)
+
+
+async def _twice_reconcile(layer: Layer) -> Repeated:
+    session = await layer.open()
+    await layer.sessions.doubt(session.session_id)
+    ticket = await ticket_for(layer, session.session_id)
+    return lambda: layer.sessions.reconcile(session.session_id, ticket, None)
+
+
 REPEATED: dict[str, Callable[[Layer], Awaitable[Repeated]]] = {
     name.removeprefix("_twice_"): prepare for name, prepare in globals().copy().items() if name.startswith("_twice_")
 }
@@ -1168,7 +1187,7 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
     await AgentCopies(layer.scripts, layer.keys).put(AGENT)
     await recording.sessions.read(new_id(), ACCESS)
     table = key_table()
-    assert len(table) == 16
+    assert len(table) == 17
     seen: set[str] = set()
     for key in await all_keys(layer.client, layer.keys):
         rows = [row for row in table if fnmatchcase(key, row[0])]
