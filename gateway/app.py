@@ -77,9 +77,11 @@ class Stores:
         self.keys = Keys(settings.key_prefix, settings.partition_count)
         self.client: Client = connect(settings.redis_url)
         self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
+        self._replicas = settings.redis_replicas
         fences = Fences()
-        settler = Settler(Epochs(self.keys, fences), self.postgres)
-        self.scripts = Scripts(self.client, settle=settler.settle)
+        self.epochs = Epochs(self.keys, fences)
+        self.settler = Settler(self.epochs, self.postgres, settings.partition_count)
+        self.scripts = Scripts(self.client, settle=self.settler.settle, replicas=settings.redis_replicas)
         self.sessions = SessionStore(
             self.scripts,
             self.keys,
@@ -97,7 +99,7 @@ class Stores:
 
     async def check(self) -> None:
         """Refuses a Redis whose configuration would break the guarantees. Raises PersistenceError."""
-        await check_server(self.client, self.keys)
+        await check_server(self.client, self.keys, replicas=self._replicas)
 
     async def copy_agents(self) -> None:
         """Copies all agents to Redis; logs a warning while Postgres is down or Redis is full."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from persistence.errors import Damaged, DataRefused, PersistenceError, PostgresUnavailable, RedisUnavailable
+from persistence.errors import Damaged, DataRefused, NotReplicated, PersistenceError, PostgresUnavailable, RedisUnavailable
 
 _encoder = msgspec.json.Encoder()
 
@@ -208,6 +208,10 @@ class RedisDown(Problem):
     status, code, title, retryable = 503, "redis_unavailable", "Sessions cannot be reached just now", True
 
 
+class TooFewReplicas(Problem):
+    status, code, title, retryable = 503, "not_replicated", "Too few copies of the answer could be kept just now", True
+
+
 class PostgresDown(Problem):
     status, code, title, retryable = 503, "postgres_unavailable", "Stored sessions cannot be reached just now", True
 
@@ -227,6 +231,8 @@ class SessionDamaged(Problem):
 def problem_of(error: PersistenceError) -> Problem:
     """The problem that stands for a failure of the stores, whose text may quote stored data and stays in the log."""
     match error:
+        case NotReplicated():
+            return TooFewReplicas(retry_after_s=1)
         case RedisUnavailable():
             return RedisDown(retry_after_s=1)
         case PostgresUnavailable():

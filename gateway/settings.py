@@ -41,6 +41,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     # Stores
     redis_url: Secret = ""
     """redis://, rediss://, redis+sentinel://host:26379/service or redis+cluster://. For serve, worker, agents, dead."""
+    redis_replicas: Annotated[int, msgspec.Meta(ge=0, le=100)] = 0
+    """Replicas of Redis that must have a turn before it is answered; with fewer in time it gets 503 not_replicated."""
     database_url: Secret = ""
     """postgresql://user:password@host:port/database; PgBouncer in transaction mode works. For the same, and migrate."""
     database_connections: Annotated[int, msgspec.Meta(ge=1, le=1_000)] = 8

@@ -11,6 +11,8 @@ import structlog
 from persistence.errors import PostgresUnavailable
 from persistence.postgres.postgres import Postgres
 from persistence.redis.epochs import Epochs, Mark, RunAll
+from persistence.redis.scripts import Scripts
+from persistence.tasks import gather_bounded
 
 log = structlog.get_logger()
 
@@ -21,8 +23,9 @@ POSTGRES_TIMEOUT_S = 0.5
 class Settler:
     """Begins epochs, in Redis and in Postgres."""
 
-    def __init__(self, epochs: Epochs, postgres: Postgres) -> None:
+    def __init__(self, epochs: Epochs, postgres: Postgres, partitions: int) -> None:
         self._epochs = epochs
+        self._partitions = partitions
         self._postgres = postgres
 
     async def settle(self, server: str, run_all: RunAll) -> bool:
@@ -44,6 +47,22 @@ class Settler:
         await self._raise(begun)
         log.warning("redis.settled", partitions=len(begun), epoch=max(begun.values(), default=0))
         return True
+
+    async def look(self, scripts: Scripts) -> int:
+        """Ends the epochs of partitions of which Postgres knows a newer one, or that have sessions that nobody has compared
+        with it; how many. Raises PersistenceError."""
+        known = await self._postgres.load_marks()
+        held = await gather_bounded(self._epochs.read(scripts, partition) for partition in range(self._partitions))
+        begun = {}
+        for one in held:
+            mark = known.get(one.partition, (0, 0))[0]
+            if one.epoch and (one.epoch < mark or one.vouched):
+                after = one.epoch if one.vouched else mark - 1
+                begun[one.partition] = await self._epochs.end(scripts, one, after)
+        if begun:
+            log.warning("redis.epoch_ended", partitions=len(begun), epoch=max(begun.values()))
+            await self._raise(begun)
+        return len(begun)
 
     async def _raise(self, epochs: dict[int, int]) -> None:
         try:

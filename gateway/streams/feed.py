@@ -67,8 +67,9 @@ class Feed:
         """Shows each turn from the cursor on to its end, and moves the cursor behind it."""
         hot = await load_hot(self._finder, self._session_id, self._access, self._cursor.epoch)
         turns = _turns_from(hot, self._cursor.epoch)
-        if self._cursor.number != SHOWN and all(epoch != self._cursor.epoch for epoch, _ in turns):
-            # The turn that the reader was in is no longer hot: the transcript tells what became of it.
+        if self._cursor.epoch and all(epoch != self._cursor.epoch for epoch, _ in turns):
+            # The turn that the reader was in, or had seen last, is no longer hot, or came back from Postgres, which has no
+            # epochs: the transcript tells what became of it, and what may have followed.
             self._cursor = from_now_on(hot)
             yield reset_at(self._cursor)
             turns = [turn for turn in turns if turn[0] > self._cursor.epoch]

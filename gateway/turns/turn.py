@@ -37,7 +37,7 @@ from gateway.turns.refusals import raise_refusal
 from gateway.turns.request import Attached, TurnRequest, TurnResult
 from gateway.turns.states import CANCELLED, CANCELLED_EARLY, LOST, NEW, Trigger, next_state
 from gateway.turns.streamed import StreamedTurn
-from persistence.errors import PersistenceError, RedisUnavailable
+from persistence.errors import NotReplicated, PersistenceError, RedisUnavailable
 from persistence.model.agents import Agent, TurnPolicy
 from persistence.model.session import NewSession
 from persistence.model.session import Turn as StoredTurn
@@ -314,6 +314,10 @@ class Turn:
             try:
                 committed = await store.commit(begun, stored, self._policy, context, part)
                 break
+            except NotReplicated:
+                # It is stored; a retry waits for the replicas again.
+                self._enter("committed")
+                raise
             except RedisUnavailable as error:
                 pause_s = attempts.next_pause_s(error)
                 log.warning("turn.commit_failed", turn_id=self.id, error=str(error))

@@ -11,6 +11,7 @@ from uuid import UUID
 
 import asyncpg
 import msgspec
+from asyncpg.connect_utils import SessionAttribute
 
 from persistence.errors import DataRefused, PostgresUnavailable
 from persistence.model.agents import Agent
@@ -112,6 +113,9 @@ class Postgres:
             constraint = getattr(error, "constraint_name", None) or ""
             raise DataRefused(f"{type(error).__name__} {constraint}".strip(), constraint) from error
         except UNREACHABLE as error:
+            if isinstance(error, asyncpg.ReadOnlySQLTransactionError) and self._pool is not None:
+                # The server takes no writes any more, another one may: no connection is kept.
+                await self._pool.expire_connections()
             raise PostgresUnavailable(_reason(error)) from error
 
     @asynccontextmanager
@@ -144,6 +148,8 @@ class Postgres:
                     timeout=self._timeout_s,
                     server_settings={"application_name": "gateway"},
                     reset=_nothing_to_reset,
+                    # What a standby has may be older than what was acknowledged.
+                    target_session_attrs=SessionAttribute.primary,
                 )
                 self._pool = await pool
             return self._pool

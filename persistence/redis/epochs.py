@@ -6,7 +6,7 @@ compared with Postgres at its next use. Nothing is asked of Postgres for that wh
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from persistence.redis.keys import Keys
 from persistence.redis.pool import Argument
@@ -41,6 +41,29 @@ class Mark(NamedTuple):
     fence: int = 0
 
 
+class Epoch(NamedTuple):
+    """A partition's epoch, for operators. Counted are the turns that may be `lost` with a master, as far as anybody knows;
+    sessions that were taken as they are without a look into Postgres (`vouched`, in this epoch); turns stored behind others;
+    sessions erased again."""
+
+    partition: int
+    epoch: int
+    server: str
+    settled_at: str
+    lost: int
+    vouched: int
+    stored_behind: int
+    erased_again: int
+
+
+class Reads(Protocol):
+    """The scripts, as far as epochs need them: they are settled by what is here, so they rank above it."""
+
+    async def run(self, name: str, session_id: str, keys: Sequence[str], arguments: Mapping[str, Argument]) -> list[Any]: ...
+
+    async def command(self, command: str, key: str, *arguments: Argument) -> Any: ...
+
+
 class Epochs:
     """Begins epochs, by one script a partition."""
 
@@ -62,6 +85,20 @@ class Epochs:
         calls = [self._call(partition, server, marks[partition], redo=redo) for partition in partitions]
         replies = await run_all("settle", calls)
         return {partition: int(reply[1]) for partition, reply in zip(partitions, replies, strict=True) if reply is not None}
+
+    async def read(self, scripts: Reads, partition: int) -> Epoch:
+        """What Redis knows of a partition's epoch."""
+        names = ("epoch", "server", "settled_at", "lost", "vouched", "stored_behind", "erased_again")
+        values = await scripts.command("HMGET", self._keys.epoch(partition), *names)
+        epoch, server, settled_at, *counts = ((value or b"").decode(errors="replace") for value in values)
+        numbers = (int(text) if text.isdigit() else 0 for text in (epoch, *counts))
+        number, lost, vouched, stored_behind, erased_again = numbers
+        return Epoch(partition, number, server, settled_at, lost, vouched, stored_behind, erased_again)
+
+    async def end(self, scripts: Reads, held: Epoch, after: int) -> int:
+        """Ends the epoch of a partition whose server is the same, if it is not above `after`; the epoch that it has then."""
+        keys, arguments = self._call(held.partition, held.server, Mark(after), redo=True)
+        return int((await scripts.run("settle", "", keys, arguments))[1])
 
     def _call(self, partition: int, server: str, mark: Mark | None = None, *, redo: bool = False) -> Call:
         arguments: dict[str, Argument] = {

@@ -14,6 +14,7 @@ gw:{p}:fence                       string  permanent                 lua/begin (
                                                                      settle (never lower than Postgres knows)
 gw:{p}:epoch                       hash    permanent                 lua/settle, reconcile: `epoch`, and the replication id
                                                                      of the `server` that it began with; see README
+gw:{p}:awaited                     string  1 min                     scripts.py: written before each wait for replicas
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim:
                                                                      sessions by their last activity, in ms
 gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn:

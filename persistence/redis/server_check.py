@@ -1,14 +1,14 @@
 """Checks at the start of a process that the Redis server is one on which the guarantees hold."""
 
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any
 
 import structlog
 from redis.asyncio import RedisCluster
 
-from persistence.errors import UnsuitableRedis
+from persistence.errors import CommandRefused, UnsuitableRedis
 from persistence.model.fields import FORMAT
 from persistence.redis.connection import Client, call
 from persistence.redis.keys import Keys
@@ -18,23 +18,26 @@ log = structlog.get_logger()
 CHECK_TIMEOUT_S = 5.0
 MINIMUM_REDIS = (7, 0)
 MINIMUM_VALKEY = (7, 2)
+MAX_LAG_S = 1
+"""A master that has heard nothing of its replicas for longer should take no writes. Redis measures it in whole seconds."""
 
 
-async def check_server(client: Client, keys: Keys) -> None:
-    """Refuses a server on which the guarantees do not hold; warns where they are weaker. Checks every node of a cluster.
+async def check_server(client: Client, keys: Keys, *, replicas: int = 0) -> None:
+    """Refuses a server on which the guarantees do not hold; warns where they are weaker. Checks every master of a cluster.
+    `replicas` is how many are to have a turn before it is answered.
 
     Records format and partition number in `gw:meta` on first use. Raises UnsuitableRedis or RedisUnavailable.
     """
     if isinstance(client, RedisCluster):
         await call(client.initialize, CHECK_TIMEOUT_S)
         for node in client.get_primaries():
-            await _check_node(partial(client.execute_command, target_nodes=node))
+            await _check_node(partial(client.execute_command, target_nodes=node), replicas)
     else:
-        await _check_node(client.execute_command)
+        await _check_node(client.execute_command, replicas)
     await _check_meta(client, keys)
 
 
-async def _check_node(execute: Callable[..., Awaitable[Any]]) -> None:
+async def _check_node(execute: Callable[..., Awaitable[Any]], replicas: int) -> None:
     check_version(await _info(execute, "server"))
     policy = str((await _info(execute, "memory")).get("maxmemory_policy", ""))
     if policy.startswith("allkeys"):
@@ -48,6 +51,48 @@ async def _check_node(execute: Callable[..., Awaitable[Any]]) -> None:
             consequence="answers that are not in Postgres yet are lost when Redis stops",
             remedy="CONFIG SET appendonly yes",
         )
+    await _check_replication(execute, replicas)
+
+
+async def _check_replication(execute: Callable[..., Awaitable[Any]], replicas: int) -> None:
+    """Warns of a master that goes on alone when it is cut off from its replicas: what it answers then is lost with it."""
+    connected = int((await _info(execute, "replication")).get("connected_slaves", 0))
+    if connected < replicas:
+        log.warning(
+            "redis.too_few_replicas",
+            replicas=connected,
+            wanted=replicas,
+            consequence="turns are not answered",
+            remedy="add replicas, or lower GATEWAY_REDIS_REPLICAS",
+        )
+    if not connected:
+        return
+    try:
+        told = await call(lambda: execute("CONFIG", "GET", "min-replicas-*"), CHECK_TIMEOUT_S)
+    except CommandRefused:
+        # Managed servers tell nothing of their configuration.
+        return
+    found = {_text(name): int(_text(value)) for name, value in _pairs_of(told)}
+    least, lag_s = found.get("min-replicas-to-write", 0), found.get("min-replicas-max-lag", 10)
+    if least < 1 or lag_s > MAX_LAG_S:
+        log.warning(
+            "redis.writes_alone",
+            min_replicas_to_write=least,
+            min_replicas_max_lag=lag_s,
+            consequence="a master that is cut off from its replicas goes on, and what it answers is lost with it",
+            remedy=f"CONFIG SET min-replicas-to-write 1 min-replicas-max-lag {MAX_LAG_S}",
+        )
+
+
+def _pairs_of(reply: Any) -> Iterable[tuple[Any, Any]]:
+    """Names and values of a reply, which a cluster's client gives by node."""
+    if isinstance(reply, dict) and all(isinstance(value, (dict, list)) for value in reply.values()):
+        reply = next(iter(reply.values()), {})
+    return reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 async def _info(execute: Callable[..., Awaitable[Any]], section: str) -> dict[str, Any]:

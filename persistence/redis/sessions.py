@@ -123,6 +123,7 @@ class SessionStore:
             case ["absent", ticket, held]:
                 return Absent(ticket, held.decode())
             case ["replay", number, header, turn]:
+                await self._scripts.confirm(self._keys.session(session_id))
                 return Replay(decode_session(header, where, self._fields), number, decode_turn(turn, where, f"t:{number}"))
             case ["busy", left_ms, same, running]:
                 return Busy(int(left_ms), bool(same), running.decode())
@@ -179,6 +180,7 @@ class SessionStore:
                     "hot_turns": policy.hot_turns,
                     **log_arguments(self._keys, session_id, part),
                 },
+                durable=True,
             )
             match reply:
                 case ["committed"]:
@@ -225,6 +227,7 @@ class SessionStore:
                 "ticket_ms": TICKET_MS,
                 **self._room,
             },
+            durable=True,
         )
         match reply:
             case ["opened" | "found" as word, header]:
@@ -299,7 +302,7 @@ class SessionStore:
         """Ends the session for good."""
         keys = self._key(session_id, "outbox", "outbox_bytes", "fence", "running", "ticket", "epoch")
         arguments = {**access_arguments(access), "ticket_ms": TICKET_MS, "channel": self._keys.channel(session_id)}
-        reply = await self._scripts.run("end", session_id, keys, arguments)
+        reply = await self._scripts.run("end", session_id, keys, arguments, durable=True)
         match reply:
             case ["ended", header]:
                 return decode_session(header, f"session {masked(session_id)}", self._fields)
@@ -351,7 +354,7 @@ class SessionStore:
                 "forgotten": forgotten,
             }
             logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
-            reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments)
+            reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments, durable=True)
             if reply[0] != "logs":
                 return reply
             logged = reply[1].decode()

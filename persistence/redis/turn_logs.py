@@ -92,6 +92,7 @@ class TurnLogs:
             case ["running", fence, entries, lease_left_ms]:
                 return Following(int(fence), _events(entries, where)[1], lease_left_ms=int(lease_left_ms))
             case ["committed", number, entries, header, turn]:
+                await self._scripts.confirm(keys[0])
                 fence, events = _events(entries, where)
                 decoded = decode_turn(turn, where, f"t:{number}")
                 return Following(fence, events, session=decode_session(header, where, self._scripts.fields), turn=decoded)

@@ -1187,7 +1187,7 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
     await AgentCopies(layer.scripts, layer.keys).put(AGENT)
     await recording.sessions.read(new_id(), ACCESS)
     table = key_table()
-    assert len(table) == 17
+    assert len(table) == 18
     seen: set[str] = set()
     for key in await all_keys(layer.client, layer.keys):
         rows = [row for row in table if fnmatchcase(key, row[0])]
