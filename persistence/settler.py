@@ -45,7 +45,9 @@ class Settler:
         marks = {partition: known.get(partition, Mark()) for partition in open_epochs}
         begun = await self._epochs.settle(run_all, server, marks)
         await self._raise(begun)
-        log.warning("redis.settled", partitions=len(begun), epoch=max(begun.values(), default=0))
+        # A Redis that nobody has used before has nothing to forget.
+        level = "warning" if any(open_epochs.values()) else "info"
+        getattr(log, level)("redis.settled", partitions=len(begun), epoch=max(begun.values(), default=0))
         return True
 
     async def look(self, scripts: Scripts) -> int:

@@ -25,12 +25,13 @@ local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key, ep
 
 local session = pick(session_key, {'format', 'session_id', 'agent_id', 'website_domain', 'user_id', 'minted', 'status', 'turns',
   'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting', 'rate_tat_ms', 'epoch', 'id'})
-if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
+if not session.format and redis.call('EXISTS', session_key) == 0 then return absent(epoch_key, fence_key, ticket_key) end
 local broken = misplaced(session)
 for _, name in ipairs({'agent_id', 'website_domain', 'user_id', 'status', 'turn_message_id', 'waiting'}) do
   broken = broken or not session[name] and name
 end
 if broken then return reply('damaged', broken) end
+if session.epoch ~= current_epoch(epoch_key) then return absent(epoch_key, fence_key, ticket_key, session) end
 local refused = refusal(session)
 if refused then return reply(refused) end
 

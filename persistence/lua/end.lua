@@ -13,8 +13,7 @@ local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key, ep
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 
 local session = load(session_key)
-if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
-local barrier = barred(session)
+local barrier = unavailable(session, epoch_key, fence_key, ticket_key)
 if barrier then return barrier end
 if session.status ~= 'ended' then
   store(session_key, session, {status = 'ended', ended_at = iso(now_ms()), waiting = ''})

@@ -23,7 +23,7 @@ for i = 11, #KEYS do events_keys[i - 10] = KEYS[i] end
 local session = load(session_key)
 if args.forgotten ~= '' then
   if not session or session.id ~= args.forgotten then return reply('kept') end
-elseif not settled(epoch_key, session) then
+elseif not session or session.epoch ~= current_epoch(epoch_key) and not damage(session) then
   return absent(epoch_key, fence_key, ticket_key, session)
 end
 local refused = refusal(session)

@@ -15,8 +15,7 @@
 local session_key, events_key, fence_key, ticket_key, epoch_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 
 local session = load(session_key)
-if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
-local barrier = barred(session)
+local barrier = unavailable(session, epoch_key, fence_key, ticket_key)
 if barrier then return barrier end
 
 local from = args.after

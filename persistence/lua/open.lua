@@ -15,10 +15,10 @@ local session_key, outbox_key, bytes_key, fence_key, live_key, ticket_key, epoch
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 
 local session = load(session_key)
-if session and not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
 if session then
   local broken = damage(session)
   if broken then return reply('damaged', broken) end
+  if session.epoch ~= current_epoch(epoch_key) then return absent(epoch_key, fence_key, ticket_key, session) end
   -- A call that is repeated because its reply was lost finds its own session, and needs no token for it.
   local refused = refusal(session)
   if refused and not (refused == 'unauthorized' and session.id == args.id) then return reply(refused) end

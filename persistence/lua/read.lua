@@ -14,10 +14,8 @@
 local session_key, fence_key, ticket_key, epoch_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 
 local session = load(session_key)
-if not session or args.any_epoch ~= '1' and not settled(epoch_key, session) then
-  return absent(epoch_key, fence_key, ticket_key, session)
-end
-local barrier = barred(session)
+if session and args.any_epoch == '1' then session.epoch = current_epoch(epoch_key) end
+local barrier = unavailable(session, epoch_key, fence_key, ticket_key)
 if barrier then return barrier end
 
 local first_hot, last = tonumber(session.first_hot), tonumber(session.turns)

@@ -10,9 +10,10 @@
 local session_key, outbox_key, bytes_key, fence_key, ticket_key, epoch_key = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6]
 
 local session = load(session_key)
-if not settled(epoch_key, session) then return absent(epoch_key, fence_key, ticket_key, session) end
+if not session then return absent(epoch_key, fence_key, ticket_key) end
 local broken = damage(session)
 if broken then return reply('damaged', broken) end
+if session.epoch ~= current_epoch(epoch_key) then return absent(epoch_key, fence_key, ticket_key, session) end
 local now = now_ms()
 local idle_ms = now - from_iso(session.last_activity_at)
 if session.status ~= 'active' or session.turn ~= '' or idle_ms < tonumber(args.idle_ms) then return reply('kept') end

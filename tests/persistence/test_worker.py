@@ -19,7 +19,7 @@ from persistence.errors import DataRefused, PostgresUnavailable
 from persistence.model.codec import decode_record
 from persistence.model.session import Access, Record
 from persistence.postgres.migrate import load_migrations, migrate
-from persistence.postgres.postgres import Postgres, Transaction
+from persistence.postgres.postgres import Forgotten, Postgres, Transaction
 from persistence.redis.keys import GROUP
 from persistence.worker import Worker
 from tests.support.links import Link
@@ -106,14 +106,14 @@ async def test_the_next_batch_is_taken_while_one_is_on_its_way(
     await say(stores, SESSION_ID)
     flush, begun, both = Transaction.flush, 0, asyncio.Event()
 
-    async def waiting(transaction: Transaction, records: Sequence[Record]) -> None:
+    async def waiting(transaction: Transaction, records: Sequence[Record]) -> list[Forgotten]:
         nonlocal begun
         begun += 1
         if begun == 2:
             both.set()
         elif begun == 1:
             await asyncio.wait_for(both.wait(), 10 if in_hand == 2 else 0.2)
-        await flush(transaction, records)
+        return await flush(transaction, records)
 
     monkeypatch.setattr(Transaction, "flush", waiting)
     assert await worker.drain(0.1 if in_hand == 1 else 20) == (in_hand == 2)
@@ -198,10 +198,10 @@ async def test_an_error_is_raised_when_no_transaction_runs_any_more(
     await say(stores, f"{SESSION_ID}_slow")
     flush = Transaction.flush
 
-    async def troubled(transaction: Transaction, records: Sequence[Record]) -> None:
+    async def troubled(transaction: Transaction, records: Sequence[Record]) -> list[Forgotten]:
         if records[0].session.session_id == SESSION_ID:
             raise ConnectionResetError
-        await flush(transaction, records)
+        return await flush(transaction, records)
 
     monkeypatch.setattr(Transaction, "flush", troubled)
     with pytest.raises(PostgresUnavailable):
@@ -511,12 +511,12 @@ async def test_a_record_that_another_worker_inserts_at_the_same_moment_is_tried_
     await say(stores, SESSION_ID)
     flush, tries = Transaction.flush, 0
 
-    async def refused(transaction: Transaction, records: Sequence[Record]) -> None:
+    async def refused(transaction: Transaction, records: Sequence[Record]) -> list[Forgotten]:
         nonlocal tries
         tries += 1
         if tries <= refusals:
             raise asyncpg.UniqueViolationError
-        await flush(transaction, records)
+        return await flush(transaction, records)
 
     monkeypatch.setattr(Transaction, "flush", refused)
     await worker.flush_once()

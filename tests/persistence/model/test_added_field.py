@@ -217,6 +217,8 @@ async def test_an_old_dead_letter_is_retried(place: Place, stored: Version) -> N
 
 async def test_scripts_that_write_a_record_themselves_write_the_default(place: Place, stored: Version) -> None:
     new = stored
+    for session_id in (FLUSHED, WAITING):
+        await new.session(session_id)  # compares what was stored before there were epochs with Postgres
     found = await new.sessions.open(new_session(FLUSHED, agent_id=(await new.session(FLUSHED)).agent_id), authorized=True)
     assert isinstance(found, Opened)
     assert added(found.session) == DEFAULTS
@@ -309,6 +311,8 @@ async def test_garbage_in_an_added_field_is_damage(place: Place, field: str, val
 async def test_without_a_default_an_old_hash_is_damaged(place: Place, fields: SessionFields, name: str) -> None:
     version = place.version(fields)
     await store_sample(version.client, load_sample())
+    await version.set(WAITING, epoch=1)
+    await version.client.execute_command("HSET", version.keys.epoch(0), "epoch", 1)
     operations: list[Awaitable[Any]] = [
         version.sessions.read(WAITING, OPERATOR),
         version.sessions.end(WAITING, OPERATOR),

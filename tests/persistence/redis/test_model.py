@@ -546,7 +546,7 @@ class Impatient(Edited):
 class Trusting(Edited):
     """Control: installs what was read from Postgres, whatever became of its ticket."""
 
-    old, new = "redis.call('GET', ticket_key) ~= args.ticket or ", ""
+    old, new = "if redis.call('GET', ticket_key) ~= args.ticket then return reply('stale') end", ""
 
 
 class Miscounting(Edited):
