@@ -54,7 +54,7 @@ from persistence.model.agents import RateLimit
 from persistence.postgres.migrate import load_migrations
 from persistence.postgres.postgres import Postgres
 from persistence.redis.agent_copies import AgentCopies
-from persistence.redis.connection import Client, call, connect
+from persistence.redis.connection import Client, call, connect, connect_to
 from persistence.redis.epochs import Epochs, Fences
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
@@ -64,7 +64,9 @@ from persistence.redis.sessions import SessionStore
 from persistence.redis.shared_limits import SharedLimits
 from persistence.redis.turn_logs import TurnLogs
 from persistence.redis.wakeups import WakeUps
+from persistence.rescue import Rescue, Wait
 from persistence.settler import Settler
+from persistence.watch import Watch
 from persistence.worker import Worker
 
 log = structlog.get_logger()
@@ -73,15 +75,21 @@ log = structlog.get_logger()
 class Stores:
     """Redis, Postgres and the objects directly above them: pods, workers and commands share this part."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, of_worker: bool = False) -> None:
         self.keys = Keys(settings.key_prefix, settings.partition_count)
         self.client: Client = connect(settings.redis_url)
         self.postgres = Postgres(settings.database_url, connections=settings.database_connections)
         self._replicas = settings.redis_replicas
         fences = Fences()
+        name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
+        connect_one = partial(connect_to, settings.redis_url)
+        leave = (
+            Rescue(connect_one, self.keys, self.postgres, name).leave if of_worker else Wait(connect_one, self.keys).leave
+        )
         self.epochs = Epochs(self.keys, fences)
         self.settler = Settler(self.epochs, self.postgres, settings.partition_count)
-        self.scripts = Scripts(self.client, settle=self.settler.settle, replicas=settings.redis_replicas)
+        self.scripts = Scripts(self.client, settle=self.settler.settle, leave=leave, replicas=settings.redis_replicas)
+        self.watch = Watch(self.scripts, self.settler, of_worker=False)
         self.sessions = SessionStore(
             self.scripts,
             self.keys,
@@ -94,7 +102,6 @@ class Stores:
         self.agent_copies = AgentCopies(self.scripts, self.keys)
         self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
         self.agents = Agents(self.agent_copies, self.postgres)
-        name = settings.worker_name or f"{socket.gethostname()}-{os.getpid()}"
         self.outbox = Outbox(self.scripts, self.keys, name)
 
     async def check(self) -> None:
@@ -110,6 +117,7 @@ class Stores:
             log.warning("agents.not_copied", error=str(error))
 
     async def close(self) -> None:
+        self.watch.close()
         await self.postgres.close()
         await self.client.aclose()
 
@@ -226,6 +234,7 @@ class Pod:
         background = [
             asyncio.create_task(self.wakeups.run(self.turns.cancel)),
             asyncio.create_task(self.limiter.run()),
+            asyncio.create_task(self.stores.watch.run()),
         ]
         await self.stores.copy_agents()
         log.info("pod.started", partitions=self.stores.keys.partitions)
@@ -279,7 +288,8 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
         stores.agent_copies,
         session_timeout_s=settings.session_timeout_s,
     )
-    return Worker(stores.outbox, stores.postgres, stores.sessions, housekeeping)
+    watch = Watch(stores.scripts, stores.settler, of_worker=True)
+    return Worker(stores.outbox, stores.postgres, stores.sessions, housekeeping, watch)
 
 
 async def warn_if_not_migrated(postgres: Postgres) -> None:

@@ -126,7 +126,7 @@ async def _serve(options: argparse.Namespace) -> None:
 
 async def _worker(options: argparse.Namespace) -> None:
     settings = command_settings(*STORES)
-    async with open_stores(settings) as stores:
+    async with open_stores(settings, of_worker=True) as stores:
         worker = await build_worker(settings, stores)
         await warn_if_not_migrated(stores.postgres)
         on_signals(worker.stop)

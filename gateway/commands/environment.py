@@ -23,9 +23,9 @@ def command_settings(*required: str) -> Settings:
 
 
 @asynccontextmanager
-async def open_stores(settings: Settings | None = None) -> AsyncIterator[Stores]:
+async def open_stores(settings: Settings | None = None, *, of_worker: bool = False) -> AsyncIterator[Stores]:
     """The stores of the settings (None: of the environment), closed at the end. Raises SettingsError."""
-    stores = Stores(settings or command_settings(*STORES))
+    stores = Stores(settings or command_settings(*STORES), of_worker=of_worker)
     try:
         yield stores
     finally:

@@ -29,6 +29,8 @@ CALL_TIMEOUT_S = 1.8
 RETRIES = 2
 BACKOFF = Backoff(0.04, 0.2, jitter=True)
 MAX_CONNECTIONS = 1024
+LISTEN_S = 5.0
+"""A subscription to a Sentinel that was silent for so long is asked with PING; one that broke is made again after it."""
 
 
 class _OurBackoff(AbstractBackoff):
@@ -65,6 +67,13 @@ def connect(url: str) -> Client:
     return _connect_cluster(parsed, options) if parsed.kind == "cluster" else _connect_sentinel(parsed, options)
 
 
+def connect_to(url: str, address: tuple[str, int]) -> Redis:
+    """A client for one server among those that `url` is about."""
+    parsed, (host, port) = parse_url(url), address
+    options = connection_options() | {"username": parsed.username, "password": parsed.password, "db": parsed.db}
+    return Redis(host=host, port=port, ssl=parsed.tls, **options)
+
+
 def _connect_cluster(url: RedisUrl, options: dict[str, Any]) -> RedisCluster:
     nodes = [ClusterNode(host, port) for host, port in url.hosts]
     return RedisCluster(startup_nodes=nodes, max_connections=MAX_CONNECTIONS, **options)
@@ -94,6 +103,34 @@ class NewestSentinel(Sentinel):
             raise MasterNotFoundError(f"no Sentinel knows a master of {service_name!r}")
         newest = max(states, key=lambda state: int(state["config-epoch"]))
         return str(newest["ip"]), int(newest["port"])
+
+    async def switched(self, service_name: str) -> None:
+        """Returns when a Sentinel announces another master."""
+        listening = [asyncio.ensure_future(self._listen(sentinel, service_name)) for sentinel in self.sentinels]
+        try:
+            await asyncio.wait(listening, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in listening:
+                task.cancel()
+            await asyncio.gather(*listening, return_exceptions=True)
+
+    @staticmethod
+    async def _listen(sentinel: Redis, service_name: str) -> None:
+        while True:
+            pubsub = sentinel.pubsub()
+            try:
+                await pubsub.subscribe("+switch-master")
+                while True:
+                    message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_S)
+                    if message is None:
+                        await pubsub.ping()
+                    elif bytes(message["data"]).split()[:1] == [service_name.encode()]:
+                        return
+            except (RedisError, OSError):
+                # It may be down for long; the master is asked for every second all the same.
+                await asyncio.sleep(LISTEN_S)
+            finally:
+                await pubsub.aclose()  # type: ignore[no-untyped-call]
 
     async def _state(self, sentinel: Redis, service_name: str) -> dict[str, Any] | None:
         """What a Sentinel knows of the master, None unless it knows one that is up."""

@@ -34,6 +34,7 @@ from redis.exceptions import TimeoutError as TimedOut
 
 from persistence.redis.connection import BACKOFF, CONNECT_TIMEOUT_S, REPLY_TIMEOUT_S, RETRIES, Client, call, translated
 from persistence.retry import Attempts
+from persistence.tasks import retrieve
 
 log = structlog.get_logger()
 
@@ -55,6 +56,11 @@ Introduce = Callable[[str, Execute], Awaitable[None]]
 """Gets to know a server by its replication id, which is another one after each restart and each promotion, on a connection
 that leads to it."""
 
+Address = tuple[str, int]
+
+Leave = Callable[[Address], Awaitable[None]]
+"""Takes leave of a former master, before the one that Sentinel names instead is used."""
+
 
 class Pool(Protocol):
     """Sends commands, all to one slot, in one round trip."""
@@ -69,20 +75,30 @@ class Pool(Protocol):
         before its next call. Raises RedisUnavailable."""
         ...
 
+    async def switched(self) -> None:
+        """Returns when a Sentinel announces another master; never where there are none."""
+        ...
+
     async def drop(self) -> None:
         """Closes every connection, in use or idle: replies still unread on them are never read."""
         ...
 
 
-async def _know_everybody(replid: str, execute: Execute) -> None:
+async def know_everybody(replid: str, execute: Execute) -> None:
     """Introduces no one."""
 
 
-def make_pool(client: Client, *, concurrency: int, introduce: Introduce = _know_everybody) -> Pool:
+async def leave_at_once(address: Address) -> None:
+    """Leaves a former master without waiting for anything."""
+
+
+def make_pool(
+    client: Client, *, concurrency: int, introduce: Introduce = know_everybody, leave: Leave = leave_at_once
+) -> Pool:
     """A pool on `client` for `concurrency` calls at a time: further calls wait, so redis-py's pools never run out."""
     if isinstance(client, RedisCluster):
         return ClusterPool(client, concurrency, introduce)
-    return HeldPool(client, concurrency, introduce)
+    return HeldPool(client, concurrency, introduce, leave)
 
 
 class Server:
@@ -221,10 +237,31 @@ class _BoundedPool:
 class HeldPool(_BoundedPool):
     """Held connections to a single Redis, or to the master that Sentinel names."""
 
-    def __init__(self, client: Redis, concurrency: int, introduce: Introduce = _know_everybody) -> None:
+    def __init__(self, client: Redis, concurrency: int, introduce: Introduce, leave: Leave) -> None:
         super().__init__(concurrency)
         self._pool = client.connection_pool
-        self.server = Server(self._take, introduce, self._is_stale)
+        self._introduce = introduce
+        self._leave = leave
+        self._master: Address | None = None
+        self._leaving: asyncio.Future[None] | None = None
+        self.server = Server(self._take, self._meet, self._is_stale)
+
+    async def _meet(self, replid: str, execute: Execute) -> None:
+        master = self._master_address
+        if self._master is not None and self._master != master:
+            # A task of its own, which outlasts the call that finds the new master first.
+            self._leaving = asyncio.ensure_future(self._leave(self._master))
+            self._leaving.add_done_callback(retrieve)
+        self._master = master
+        if self._leaving is not None:
+            await asyncio.shield(self._leaving)
+        await self._introduce(replid, execute)
+
+    @property
+    def _master_address(self) -> Address | None:
+        """The master that Sentinel has named last."""
+        address = getattr(self._pool, "master_address", None)
+        return None if address is None else (str(address[0]), int(address[1]))
 
     async def _take(self) -> AbstractConnection:
         connection: AbstractConnection = await self._pool.get_connection()  # type: ignore[no-untyped-call]
@@ -236,20 +273,27 @@ class HeldPool(_BoundedPool):
     def _is_stale(self, connection: AbstractConnection) -> bool:
         """Whether Sentinel has named another master since. redis-py's pool closes only its idle connections then, and these
         are in use for it."""
-        master = getattr(self._pool, "master_address", None)
-        return master is not None and (getattr(connection, "host", None), getattr(connection, "port", None)) != tuple(master)
+        master = self._master_address
+        return master is not None and (getattr(connection, "host", None), getattr(connection, "port", None)) != master
 
     async def check(self, *, anew: bool = False) -> None:
-        before = getattr(self._pool, "master_address", None)
+        before = self._master_address
         if before is not None:
-            master = await call(self._pool.get_master_address, CONNECT_TIMEOUT_S * 2)  # type: ignore[attr-defined]
-            if tuple(master) != tuple(before):
-                log.warning("redis.master_changed", host=master[0], port=master[1])
+            await call(self._pool.get_master_address, CONNECT_TIMEOUT_S * 2)  # type: ignore[attr-defined]
+            if self._master_address != before:
+                log.warning("redis.master_changed", master=self._master_address)
                 # Subscriptions too, which the old master would go on to serve.
                 await self._pool.disconnect(inuse_connections=True)
         with translated():
             async with asyncio.timeout(REPLY_TIMEOUT_S):
                 await self.server.check(anew=anew)
+
+    async def switched(self) -> None:
+        sentinels = getattr(self._pool, "sentinel_manager", None)
+        if sentinels is None:
+            await asyncio.Event().wait()
+        else:
+            await sentinels.switched(self._pool.service_name)  # type: ignore[attr-defined]
 
     async def drop(self) -> None:
         await self.server.drop()
@@ -259,7 +303,7 @@ class HeldPool(_BoundedPool):
 class ClusterPool(_BoundedPool):
     """Held connections to the masters of a Redis Cluster. Which of them has a slot redis-py's client knows."""
 
-    def __init__(self, client: RedisCluster, concurrency: int, introduce: Introduce = _know_everybody) -> None:
+    def __init__(self, client: RedisCluster, concurrency: int, introduce: Introduce) -> None:
         super().__init__(concurrency)
         self._client = client
         self._introduce = introduce
@@ -345,6 +389,9 @@ class ClusterPool(_BoundedPool):
                 await server.check(anew=anew)
 
         await call(check, REPLY_TIMEOUT_S * 2)
+
+    async def switched(self) -> None:
+        await asyncio.Event().wait()
 
     async def drop(self) -> None:
         for _, server in self._servers.values():

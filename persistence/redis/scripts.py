@@ -24,7 +24,7 @@ from persistence.model.ids import masked
 from persistence.redis.connection import Client, refusal
 from persistence.redis.epochs import Call, RunAll
 from persistence.redis.linking import link_scripts
-from persistence.redis.pool import Argument, Command, Execute, make_pool
+from persistence.redis.pool import Argument, Command, Execute, Leave, leave_at_once, make_pool
 
 log = structlog.get_logger()
 
@@ -40,7 +40,8 @@ Settle = Callable[[str, RunAll], Awaitable[bool]]
 class Scripts:
     """The scripts on one Redis, linked with a list of session fields. `foreign_replies` counts replies to other calls.
 
-    `settle` is asked before the first use of each server; without it a partition gets an epoch when a script finds none.
+    `settle` is asked before the first use of each server, and before that `leave` takes leave of a master that Sentinel has
+    replaced; without `settle` a partition gets an epoch when a script finds none.
     What is `durable` is answered once `replicas` have it.
     """
 
@@ -51,6 +52,7 @@ class Scripts:
         concurrency: int = 64,
         fields: SessionFields = SESSION_FIELDS,
         settle: Settle | None = None,
+        leave: Leave = leave_at_once,
         replicas: int = 0,
     ) -> None:
         self._settle = settle
@@ -65,7 +67,7 @@ class Scripts:
         for name, script in linked.items():
             self.use(name, script.text)
         self._orders = {name: script.arguments for name, script in linked.items()}
-        self._pool = make_pool(client, concurrency=concurrency, introduce=self._introduce)
+        self._pool = make_pool(client, concurrency=concurrency, introduce=self._introduce, leave=leave)
         self._nonce_head = token_hex(8)
         self._nonce_tail = count()
         self.foreign_replies = 0
@@ -78,6 +80,10 @@ class Scripts:
     async def check_servers(self) -> None:
         """Asks every server in use who it is now, and who is master. Raises PersistenceError."""
         await self._pool.check()
+
+    async def switched(self) -> None:
+        """Returns when a Sentinel announces another master; never where there are none."""
+        await self._pool.switched()
 
     async def drop_connections(self) -> None:
         """Closes every connection, in use or idle: replies still unread on them are never read."""

@@ -264,7 +264,7 @@ async def test_when_postgres_hangs_only_absent_sessions_notice_and_not_for_long(
 async def test_when_postgres_hangs_in_a_flush_the_worker_gives_up_and_begins_again(
     settings: Settings, stores: Stores, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persistence.worker.FLUSH_TIMEOUT_S", 1.0)
+    monkeypatch.setattr("persistence.flusher.FLUSH_TIMEOUT_S", 1.0)
     async with Link(settings.database_url) as link:
         behind = msgspec.structs.replace(settings, database_url=link.url)
         async with another(behind, "behind-a-link") as own:

@@ -85,7 +85,7 @@ async def test_a_batch_is_one_transaction(stores: Stores, worker: Worker, rows: 
 async def test_many_records_are_several_transactions_and_each_session_is_in_one(
     stores: Stores, worker: Worker, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("persistence.worker.PART", 4)
+    monkeypatch.setattr("persistence.flusher.PART", 4)
     for _ in range(3):
         for number in range(4):
             await say(stores, f"{SESSION_ID}_{number}")
@@ -193,7 +193,7 @@ async def test_an_error_is_raised_when_no_transaction_runs_any_more(
     stores: Stores, worker: Worker, rows: Rows, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is taken again next must not be on its way to Postgres at the same time."""
-    monkeypatch.setattr("persistence.worker.PART", 2)
+    monkeypatch.setattr("persistence.flusher.PART", 2)
     await say(stores, SESSION_ID)
     await say(stores, f"{SESSION_ID}_slow")
     flush = Transaction.flush
@@ -632,13 +632,13 @@ async def test_what_is_not_the_datas_fault_puts_nothing_aside(stores: Stores, wo
     ):
         await rows(trouble)
         try:
-            await worker._postgres.close()
+            await worker._flusher._postgres.close()
             with pytest.raises(PostgresUnavailable):
                 await worker.flush_once()
         finally:
             await rows("SET default_transaction_read_only = off")
             await rows(remedy)
-    await worker._postgres.close()
+    await worker._flusher._postgres.close()
     assert await stores.outbox.dead_letters() == []
     assert await worker.drain(5)
     assert len(await contents(rows, SESSION_ID)) == 2

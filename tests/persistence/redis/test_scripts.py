@@ -239,7 +239,7 @@ async def test_where_the_pool_does_not_look_the_echo_does(layer: Layer, redis_se
 
 
 async def test_an_unread_reply_on_a_cluster_connection_is_caught(on_cluster: Layer) -> None:
-    """The cluster client never looks whether a connection holds an unread reply."""
+    """One that comes after the pool has looked whether there is any."""
     layer = on_cluster
     reader = (await layer.open()).session_id
     victim = await _another_in_the_partition_of(layer, reader)
@@ -256,8 +256,8 @@ async def test_without_the_check_an_unread_reply_on_a_cluster_connection_is_show
     """Control of the one before."""
     reader = (await on_cluster.open()).session_id
     victim = await _another_in_the_partition_of(on_cluster, reader)
-    await leave_reply(on_cluster.client, *question(on_cluster.keys, victim))
     trusting = Layer(on_cluster.client, on_cluster.keys, TrustingScripts(on_cluster.client))
+    await leave_reply(on_cluster.client, *question(on_cluster.keys, victim), scripts=trusting.scripts)
     assert tells(await read(trusting, reader)) == victim
 
 
