@@ -4,6 +4,7 @@
 --
 -- KEYS 1 session hash, 2 ticket string, 3 epoch hash
 -- ARGV session_id, nonce, ticket, id (of the session in Postgres, '' : Postgres has none), revision (the newest in Postgres),
+--      ended (1 | 0), user_id (what is final of it in Postgres),
 --      vouched (1: nobody has looked into Postgres, or waited for what is on its way there: look again in the next epoch)
 -- replies (session_id and nonce follow the word)
 --   kept       it belongs to the current epoch
@@ -23,7 +24,8 @@ if broken then return reply('damaged', broken) end
 
 if args.vouched ~= '1' and args.id ~= '' then
   local waiting = waiting_records(session, redis.call('HGET', session_key, 'dead') or '')
-  if args.id ~= session.id or tonumber(args.revision) > tonumber(session.revision) - waiting then
+  local unknown = args.ended == '1' and session.status ~= 'ended' or args.user_id ~= '' and args.user_id ~= session.user_id
+  if unknown or args.id ~= session.id or tonumber(args.revision) > tonumber(session.revision) - waiting then
     return reply(waiting > 0 and 'waiting' or 'behind')
   end
 end

@@ -35,7 +35,7 @@ local fence = whole(redis.call('GET', fence_key)) or 0
 base = math.max(fence, tonumber(args.fence))
 seen = base
 if epoch > 0 and server ~= args.server then count_lost() end
-if base > 0 then
+if base > 0 or tonumber(args.after) > 0 then
   fence = math.max(base, seen) + (server ~= args.server and tonumber(args.jump) or 0)
   redis.call('SET', fence_key, string.format('%d', fence))
 end

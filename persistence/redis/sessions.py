@@ -289,6 +289,8 @@ class SessionStore:
             "ticket": ticket,
             "id": stored.id if stored else "",
             "revision": stored.revision if stored else 0,
+            "ended": int(stored is not None and stored.status == "ended"),
+            "user_id": stored.user_id if stored else "",
             "vouched": int(vouched),
         }
         reply = await self._scripts.run("reconcile", session_id, self._key(session_id, "ticket", "epoch"), arguments)

@@ -1184,6 +1184,9 @@ async def test_every_key_is_declared_and_in_the_table_with_its_type_and_life(lay
         "running:an-agent": RunningUpdate("a-pod", 1, 5000),
     }
     await SharedLimits(scripts, layer.keys).sync(limits)
+    # A plain command behind a script, for which no replica is here.
+    scripts.declared.add(f"{layer.keys.head('')}awaited")
+    await layer.client.set(f"{layer.keys.head('')}awaited", "", px=60_000)
     await AgentCopies(layer.scripts, layer.keys).put(AGENT)
     await recording.sessions.read(new_id(), ACCESS)
     table = key_table()
