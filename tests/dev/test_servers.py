@@ -195,7 +195,8 @@ def test_replicas_of_a_cluster_take_over(directory: Path) -> None:
 
 
 def test_three_sentinels_that_know_a_password_fail_over(directory: Path) -> None:
-    password = {"requirepass": "pass", "user": "peer on >word ~* &* +@all", "masteruser": "peer", "masterauth": "word"}
+    users = "peer on >word ~* &* +@all\nwatch on >word ~* &* +@all"
+    password = {"requirepass": "pass", "user": users, "masteruser": "peer", "masterauth": "word"}
     with RedisSentinel(
         directory,
         master_port=free_port(),
@@ -204,6 +205,7 @@ def test_three_sentinels_that_know_a_password_fail_over(directory: Path) -> None
         more_replica_ports=[free_port()],
         more_sentinel_ports=[free_port(), free_port()],
         config=password,
+        sentinel_config={"auth-user": "watch", "auth-pass": "word"},
     ) as group:
         assert group.sentinels[1].ask("SENTINEL", "CKQUORUM", "gateway") == (
             "OK 3 usable Sentinels. Quorum and failover authorization can be reached"

@@ -24,8 +24,9 @@ Reply: TypeAlias = "str | int | list[Reply] | None"
 class RedisServer(Server):
     """A Redis or Valkey server that keeps its data: append-only file synced every second, `volatile-lru`, sessions packed.
 
-    `config` takes configuration directives by name; they override the defaults here. The configuration file is written
-    at the first start of this object; a restart keeps what Sentinel or CONFIG REWRITE made of it.
+    `config` takes configuration directives by name; they override the defaults here. One that is given several times
+    (`user`) has its values on a line each. The configuration file is written at the first start of this object; a
+    restart keeps what Sentinel or CONFIG REWRITE made of it.
     """
 
     kind = "redis"
@@ -69,7 +70,7 @@ class RedisServer(Server):
             "hash-max-listpack-value": "2048",
             **self._config,
         }
-        return [f"{name} {value or _quoted('')}" for name, value in config.items()]
+        return [f"{name} {line}" for name, value in config.items() for line in value.splitlines() or [_quoted("")]]
 
     def _prepare(self) -> None:
         if self._configured:
@@ -245,7 +246,7 @@ class RedisCluster(_Group):
             server.start()
         if self.servers[0].facts("CLUSTER", "INFO").get("cluster_slots_assigned") == "0":
             self._join()
-        if not wait_until(lambda: all(map(self._is_whole, self.servers)), START_LIMIT_S):
+        if not wait_until(self.is_whole, START_LIMIT_S):
             raise ServerError(f"the Redis Cluster at port {self.servers[0].port} did not come together; see its logs")
 
     def _join(self) -> None:
@@ -261,7 +262,11 @@ class RedisCluster(_Group):
             if not wait_until(lambda: _obeys(replica, "CLUSTER", "REPLICATE", master), START_LIMIT_S):  # noqa: B023 - at once
                 raise ServerError(f"the replica on port {replica.port} does not get to know its master; see {replica.log}")
 
-    def _is_whole(self, server: RedisServer) -> bool:
+    def is_whole(self) -> bool:
+        """Whether every node has met all others, sees all slots served, and follows its master if it has one."""
+        return all(map(self._sees_all, self.servers))
+
+    def _sees_all(self, server: RedisServer) -> bool:
         facts = server.facts("CLUSTER", "INFO")
         met = facts.get("cluster_state") == "ok" and facts.get("cluster_known_nodes") == str(len(self.servers))
         return met and server.follows()
@@ -270,8 +275,8 @@ class RedisCluster(_Group):
 class RedisSentinel(_Group):
     """A master, its replicas, and Sentinels that fail over between them; the servers change roles when they do.
 
-    With more than one Sentinel, more than half of them have to find that the master is down. Where the servers ask for
-    a password (`requirepass`, or `masteruser` and `masterauth`), `config` has it for all of them, and Sentinels use it.
+    With more than one Sentinel, more than half of them have to find that the master is down. `config` is that of all
+    servers, `sentinel_config` has the directives of the Sentinels about their master (`auth-pass`).
     """
 
     def __init__(
@@ -284,6 +289,7 @@ class RedisSentinel(_Group):
         more_replica_ports: Sequence[int] = (),
         more_sentinel_ports: Sequence[int] = (),
         config: Mapping[str, str] = NOTHING,
+        sentinel_config: Mapping[str, str] = NOTHING,
     ) -> None:
         # By default a replica waits 5 s for others to copy along with it.
         config = {"repl-diskless-sync-delay": "0", **config}
@@ -294,14 +300,13 @@ class RedisSentinel(_Group):
             for index, port in enumerate((replica_port, *more_replica_ports))
         )
         ports = (sentinel_port, *more_sentinel_ports)
-        credentials = {"auth-user": config.get("masteruser", ""), "auth-pass": config.get("masterauth", "")}
         self.sentinels = tuple(
             SentinelServer(
                 directory / ("sentinel" if index == 0 else f"sentinel-{index + 1}"),
                 port,
                 master_port=master_port,
                 quorum=len(ports) // 2 + 1,
-                config={name: value for name, value in credentials.items() if value},
+                config=sentinel_config,
             )
             for index, port in enumerate(ports)
         )
