@@ -4,6 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
+from tests.chaos.losses import Losses, Moment
+
 Agent = Literal["usual", "brief"]
 LEFT_BEHIND_S = 30.0
 """How long a turn may go on whose asker is gone."""
@@ -13,8 +15,10 @@ LEFT_BEHIND_S = 30.0
 class Message:
     """One message of a visitor. Times are seconds of the monotonic clock.
 
-    `failures` are the attempts that were not answered: when, with which code ('' when the connection broke), at which pod.
-    `doubtful` once one of them ended without a clear word: the message may have been answered all the same.
+    `asked_at` is when the last attempt began. `failures` are the attempts that were not answered: when, with which code (''
+    when the connection broke), at which pod. `doubtful` once one of them ended without a clear word: the message may have
+    been answered all the same. `named` when the user's token came with it. `former` are answers, with their turns, that were
+    lost with a master before the message was answered anew.
     """
 
     number: int
@@ -23,14 +27,22 @@ class Message:
     sent_at: float
     failures: list[tuple[float, str, int]] = field(default_factory=list)
     pod: int = -1
+    asked_at: float = 0.0
     answer: str | None = None
     turn_id: str = ""
     answered_at: float = 0.0
     doubtful: bool = False
+    named: bool = False
+    former: list[tuple[str, str]] = field(default_factory=list)
 
     @property
     def message_id(self) -> str:
         return f"m{self.number}"
+
+    @property
+    def moment(self) -> Moment:
+        """When it was answered."""
+        return Moment(self.asked_at, self.answered_at)
 
 
 @dataclass(frozen=True)
@@ -49,12 +61,20 @@ class DiskStall:
 
 @dataclass
 class Conversation:
-    """One session: its own secret is in each of its messages. `minted` ones have a token."""
+    """One session: its own secret is in each of its messages. Minted ones have a token; those of a `user` of the site are
+    nobody else's from message `named_from` on. `opened` and `closed` are when a session was minted, and when it was ended or
+    erased; `row_id` is its row in Postgres, as far as known. `gone` once the gateway has lost it with a master."""
 
     session_id: str
     secret: str
     agent: Agent
     token: str = ""
+    user: str = ""
+    named_from: int = 1
+    opened: Moment | None = None
+    closed: Moment | None = None
+    row_id: str = ""
+    gone: bool = False
     messages: list[Message] = field(default_factory=list)
     ended: bool = False
     erased: bool = False
@@ -62,7 +82,13 @@ class Conversation:
     damaged: bool = False
 
     def answered(self) -> list[Message]:
-        return [message for message in self.messages if message.answer is not None]
+        """In the order of their answers: one that was answered anew has its place behind those before it."""
+        found = [message for message in self.messages if message.answer is not None]
+        return sorted(found, key=lambda message: message.answered_at)
+
+    def bound(self) -> list[Message]:
+        """The answered messages with which the session was bound to its user."""
+        return [message for message in self.answered() if message.named]
 
     def waits(self) -> list[list[Message]]:
         """Each message that was answered, behind those before it that the visitor gave up: together they are one wait."""
@@ -95,6 +121,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.conversations: list[Conversation] = []
+        self.losses = Losses()
         self.in_flight: dict[int, tuple[Conversation, Message]] = {}
         self.foreign: list[str] = []
         self.out_of_order: list[str] = []
@@ -106,6 +133,33 @@ class Ledger:
         self.repeated = 0
         self.looks = 0
         self.disk_stalls: dict[tuple[str, int], DiskStall] = {}
+
+    def may_lack(self, conversation: Conversation, message: Message) -> bool:
+        """Whether an answer may be gone with a master of Redis."""
+        return self.losses.turn(conversation.session_id, message.turn_id, message.moment) is not None
+
+    def safe(self, conversation: Conversation) -> list[Message]:
+        """The answered messages that no fault may have taken along: in the order of their answers."""
+        return [message for message in conversation.answered() if not self.may_lack(conversation, message)]
+
+    def may_be_gone(self, conversation: Conversation) -> bool:
+        """Whether nothing of the session is safe."""
+        opened = conversation.opened
+        return not self.safe(conversation) and (
+            opened is None or self.losses.opening(conversation.session_id, opened) is not None
+        )
+
+    def may_be_open_again(self, conversation: Conversation) -> bool:
+        """Whether that the session has ended, or was erased, may be gone with a master of Redis."""
+        if conversation.closed is None:
+            return False
+        if conversation.erased:
+            return self.losses.erasure(conversation.session_id, conversation.row_id, conversation.closed) is not None
+        return self.losses.end(conversation.session_id, conversation.closed) is not None
+
+    def may_be_strangers(self, conversation: Conversation) -> bool:
+        """Whether that the session is bound to its user may be gone with a master of Redis."""
+        return all(self.losses.user(conversation.session_id, message.moment) for message in conversation.bound())
 
     def found(self, kinds: Collection[str]) -> bool:
         """Whether a breach of one of these kinds has shown already."""

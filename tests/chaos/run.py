@@ -11,7 +11,10 @@ from pathlib import Path
 from random import Random
 from time import monotonic
 
-from tests.chaos.faults import AIMED, FAULTS, Window, go_together, inject, lasts_s
+from redis.exceptions import RedisError
+
+from tests.chaos.faults import FAULTS, go_together, inject, lasts_s, usual
+from tests.chaos.harm import Window
 from tests.chaos.ledger import Ledger
 from tests.chaos.options import Options
 from tests.chaos.site import Site
@@ -91,7 +94,7 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
 
 def _schedule(options: Options, chance: Random) -> Iterator[tuple[str, ...]]:
     """The faults in random order, each as often as the others; some of them two at once."""
-    names = list(options.faults or [name for name in FAULTS if name not in AIMED])
+    names = list(options.faults or usual(options))
     while True:
         order = chance.sample(names, len(names))
         for index, name in enumerate(order):
@@ -130,7 +133,11 @@ async def _drain(site: Site, limit_s: float) -> tuple[bool, float]:
     """Waits until all is in Postgres and no turn runs; whether that came to pass, and the seconds it took."""
     began_at = monotonic()
     while monotonic() - began_at < limit_s:
-        if await site.waiting() == (0, 0) and not await site.client.zcard(site.keys.running(0)):
-            return True, monotonic() - began_at
+        try:
+            if await site.store.waiting() == (0, 0) and not await site.store.running():
+                return True, monotonic() - began_at
+        except (RedisError, OSError):
+            # A connection from before the last fault is found out now.
+            pass
         await asyncio.sleep(0.1)
     return False, limit_s

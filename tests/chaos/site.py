@@ -4,33 +4,30 @@ import asyncio
 import json
 import signal
 import subprocess
-from collections.abc import Awaitable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from random import Random
 from time import monotonic
 from types import TracebackType
 from typing import Any, Self
 
+import asyncpg
 import httpx
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisError
 
 from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.postgres import PostgresServer
-from gateway.dev.servers.redis import RedisServer
-from persistence.redis.keys import GROUP, Keys
 from tests.chaos.options import Options
+from tests.chaos.store import Store
 from tests.support.links import Link
 from tests.support.serving import ADMIN, NO_TLS, ROOT, GatewayProcess, wait_for
 
 GRAPHS = Path(__file__).parent / "graphs" / "langgraph.json"
 AGENTS: dict[str, int] = {"usual": 1800, "brief": 1}
 """The agents by name, and how long their sessions stay in Redis after their last turn, in seconds."""
-STALL_MS = "250"
-"""From which time on Redis notes what held it up, in milliseconds."""
+SITE_KEY = "the key with which the site of the chaos signs, long enough"
+RATE_LIMIT = {"messages": 1000, "per_s": 60}
+"""More than any visitor sends, so that only a wrong clock refuses one."""
 STARTS_S = 20.0
 """How long a process may take to start, or to find that it cannot."""
 
@@ -42,15 +39,9 @@ class Site:
     def __init__(self, options: Options, directory: Path) -> None:
         self.options = options
         self.directory = directory
-        self.keys = Keys("gw", 1)
         chance = Random(f"links {options.seed}")
         self.eviction = options.eviction
-        config = {
-            "appendfsync": options.appendfsync,
-            "maxmemory-policy": options.eviction,
-            "latency-monitor-threshold": STALL_MS,
-        }
-        self.redis = RedisServer(directory / "redis", free_port(), config=config)
+        self.store = Store(options, directory)
         self.postgres = PostgresServer(directory / "postgres", free_port(), database="gateway")
         self.redis_links: list[Link] = []
         self.postgres_links: list[Link] = []
@@ -79,12 +70,13 @@ class Site:
         await self._stack.aclose()
 
     async def _start(self) -> None:
-        for server in (self.redis, self.postgres):
-            self._stack.callback(server.stop)
-        await asyncio.gather(*(asyncio.to_thread(server.start) for server in (self.redis, self.postgres)))
+        self._stack.callback(self.postgres.stop)
+        starting = asyncio.create_task(asyncio.to_thread(self.postgres.start))
+        try:
+            await self._stack.enter_async_context(self.store)
+        finally:
+            await starting
         await self._migrate()
-        self.client = self._redis_client()
-        self._stack.push_async_callback(self.client.aclose)
         self.http = httpx.AsyncClient(timeout=5, verify=NO_TLS)
         self._stack.push_async_callback(self.http.aclose)
         for index in range(self.options.pods):
@@ -107,17 +99,17 @@ class Site:
         status = await asyncio.to_thread(migrating.process.wait, 60)
         assert status == 0, migrating.output()
 
-    def _redis_client(self) -> Redis:
-        retry = Retry(NoBackoff(), 0)
-        return Redis(port=self.redis.port, protocol=2, retry=retry, socket_timeout=5, health_check_interval=0)
-
     async def _process(self, command: str, name: str) -> GatewayProcess:
-        redis_link = Link(self.redis.url, self._chance, wanted=b"secret-")
-        postgres_link = Link(self.postgres.url, self._chance)
-        for link, links in ((redis_link, self.redis_links), (postgres_link, self.postgres_links)):
-            links.append(await self._stack.enter_async_context(link))
+        postgres_link = await self._stack.enter_async_context(Link(self.postgres.url, self._chance))
+        self.postgres_links.append(postgres_link)
+        redis_url = self.store.url
+        # Sentinels and nodes name each other to clients: no link can stand before them.
+        if self.options.topology == "single":
+            redis_link = await self._stack.enter_async_context(Link(redis_url, self._chance, wanted=b"secret-"))
+            self.redis_links.append(redis_link)
+            redis_url = redis_link.url
         environment = {
-            "GATEWAY_REDIS_URL": redis_link.url,
+            "GATEWAY_REDIS_URL": redis_url,
             "GATEWAY_DATABASE_URL": postgres_link.url,
             "GATEWAY_GRAPHS": str(GRAPHS),
             "GATEWAY_LEASE_S": str(self.options.lease_s),
@@ -125,6 +117,8 @@ class Site:
             "GATEWAY_ADDRESS_SESSION_LIMIT": "off",
             "GATEWAY_WORKER_NAME": name,
         }
+        if self.options.replicas:
+            environment["GATEWAY_REDIS_REPLICAS"] = str(self.options.replicas)
         process = GatewayProcess(command, self.directory, environment, source=self._source)
         self._stack.callback(self._end, process)
         return process
@@ -135,7 +129,13 @@ class Site:
 
     async def put_agent(self, name: str, hot_ttl_s: int) -> None:
         """Makes an agent, or changes how long its sessions stay in Redis; asks until it is done, for a store may be away."""
-        body = {"graph": "recall", "rate_limit": None, "hot_ttl_s": hot_ttl_s, "if_busy": "queue"}
+        body = {
+            "graph": "recall",
+            "rate_limit": RATE_LIMIT,
+            "hot_ttl_s": hot_ttl_s,
+            "if_busy": "queue",
+            "site_keys": [SITE_KEY],
+        }
 
         async def put() -> bool:
             pod = self.pods[self.up.index(True) if any(self.up) else 0]
@@ -224,21 +224,20 @@ class Site:
         await wait_for(lambda: all(self.up), "every pod is ready", limit_s)
         await wait_for(postgres_answers, "every pod sees Postgres", limit_s)
 
-    async def waiting(self) -> tuple[int, int]:
-        """Records on the outbox, and those of them that a worker has taken and not acknowledged."""
-        outbox = self.keys.outbox(0)
-        records = int(await self.client.xlen(outbox))
-        pending = await of_group(self.client.xpending(outbox, GROUP))
-        # Without its group nothing is pending; the stores tell what was lost.
-        return records, int(pending["pending"]) if pending is not None else 0
-
-    async def last_taken(self) -> str | None:
-        """The id of the record that workers have taken last; None while Redis or the outbox's group is away."""
-        try:
-            groups = await self.client.xinfo_groups(self.keys.outbox(0))
-        except (RedisError, OSError):
-            return None
-        return next((str(one["last-delivered-id"]) for one in groups if one["name"] == GROUP.encode()), None)
+    async def row_id(self, session_id: str) -> str:
+        """The id of a session's row, of whichever store has it; empty when that cannot be told now."""
+        with suppress(RedisError, OSError):
+            found: Any = await self.store.client.hget(self.store.keys.session(session_id), "id")
+            if found:
+                return str(found.decode())
+        with suppress(asyncpg.PostgresError, OSError):
+            connection = await asyncpg.connect(self.postgres.url, timeout=5)
+            try:
+                query = "SELECT id::text FROM agent_sessions WHERE session_id = $1"
+                return str(await connection.fetchval(query, session_id, timeout=5) or "")
+            finally:
+                await connection.close(timeout=5)
+        return ""
 
     def logged(self, event: str) -> int:
         """How often the workers and pods have logged an event."""
@@ -248,14 +247,3 @@ class Site:
                 if line.startswith("{") and json.loads(line).get("event") == event:
                     count += 1
         return count
-
-
-async def of_group(reply: Awaitable[Any]) -> Any:
-    """A reply about the outbox's group; None when the outbox, or its group, is gone: a Redis that may evict anything takes
-    the outbox too."""
-    try:
-        return await reply
-    except ResponseError as error:
-        if not str(error).startswith("NOGROUP"):
-            raise
-        return None

@@ -4,17 +4,22 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tests.chaos.faults import FAULTS, Window
+from tests.chaos.faults import FAULTS
+from tests.chaos.harm import Window
 from tests.chaos.ledger import Conversation, DiskStall, Ledger, Message
 
 REDIS_BACK_S = 3.0
 """How long after Redis accepts connections again everybody is answered."""
 LEASE_SLACK_S = 1.0
+CLOCK_S = 3.0
+"""What a session may wait beyond a lease when the clock of Redis was set back: a lease of the future is clamped."""
 BUSY_S = 3.0
 """What a busy machine may take where nobody is to notice anything."""
-REDIS = ("redis-killed", "redis-restarted")
-POSTGRES = ("postgres-killed", "postgres-down")
-HARMLESS = ("worker-killed", "worker-stalled", *POSTGRES)
+COMES_BACK = frozenset(name for name, fault in FAULTS.items() if fault.comes_back)
+PROMISED_BACK = ("redis-killed", "redis-restarted")
+"""Of those, after which REDIS_BACK_S is promised: nothing of any session has to be looked up."""
+POSTGRES = frozenset(name for name, fault in FAULTS.items() if fault.part == "postgres")
+HARMLESS = frozenset(name for name, fault in FAULTS.items() if fault.harmless)
 """Faults that no session in Redis may notice."""
 
 
@@ -22,13 +27,15 @@ HARMLESS = ("worker-killed", "worker-stalled", *POSTGRES)
 class Seen:
     """A kind of fault, as visitors saw it. `hit_s` is the longest that a session which it hit waited for an answer beyond
     the answer's own work, `others_s` the same of all others; `turned_away` counts the others' requests that were refused or
-    broke off, by code."""
+    broke off, by code. `refused_s` is the longest time in which a session was refused, hit or not, from its message to the
+    last refusal."""
 
     name: str
     times: int = 0
     answered: int = 0
     hit_s: float = 0.0
     others_s: float = 0.0
+    refused_s: float = 0.0
     turned_away: Counter[str] = field(default_factory=Counter)
 
 
@@ -46,9 +53,12 @@ def seen(windows: Sequence[Window], ledger: Ledger) -> list[Seen]:
             kind = kinds[_kind(met)]
             kind.answered += wait[-1].answer is not None
             waited_s = _waited_s(met, wait, ledger.disk_stalls.values())
-            if conversation.session_id in met.victims or set(met.names) & set(REDIS):
+            refusals = [when for message in wait for when, code, _ in message.failures if code]
+            if refusals:
+                kind.refused_s = max(kind.refused_s, refusals[-1] - wait[0].sent_at)
+            if met.hits(conversation.session_id) or set(met.names) & COMES_BACK:
                 kind.hit_s = max(kind.hit_s, waited_s)
-            elif not (set(met.names) & set(POSTGRES) and _needs_postgres(conversation, wait[0])):
+            elif not (set(met.names) & POSTGRES and _needs_postgres(conversation, wait[0])):
                 kind.others_s = max(kind.others_s, waited_s)
                 kind.turned_away.update(code or "cut off" for message in wait for _, code, _ in message.failures)
     return [kind for kind in kinds.values() if kind.times]
@@ -89,7 +99,7 @@ def _waited_s(window: Window, wait: Sequence[Message], stalls: Iterable[DiskStal
     """Beyond the answer's own work and the time in which the disk held Redis up; with Redis away it counts from when Redis
     accepts connections again."""
     until, since = _until(wait), wait[0].sent_at
-    if set(window.names) & set(REDIS):
+    if set(window.names) & COMES_BACK:
         since = max(since, window.mended_at)
     stalled_s = sum(stall.within(since, until) for stall in stalls)
     return max(0.0, until - since - wait[-1].work_s - stalled_s)
@@ -107,8 +117,10 @@ def limits_broken(kinds: Iterable[Seen], lease_s: float) -> list[str]:
     for kind in kinds:
         if kind.name == "pod-killed" and kind.hit_s > lease_s + LEASE_SLACK_S:
             broken.append(f"{kind.name}: a session on the pod waited {kind.hit_s:.1f} s, the lease is {lease_s:g} s")
-        if kind.name in REDIS and kind.hit_s > REDIS_BACK_S:
+        if kind.name in PROMISED_BACK and kind.hit_s > REDIS_BACK_S:
             broken.append(f"{kind.name}: a session waited {kind.hit_s:.1f} s after Redis was back")
+        if kind.name == "clock-set-back" and kind.others_s > lease_s + CLOCK_S:
+            broken.append(f"{kind.name}: a session waited {kind.others_s:.1f} s, the lease is {lease_s:g} s")
         if (kind.name in HARMLESS or kind.name == "pod-killed") and kind.turned_away:
             broken.append(
                 f"{kind.name}: requests of sessions that it did not hit were turned away: {dict(kind.turned_away)}"

@@ -4,18 +4,23 @@ import asyncio
 from contextlib import suppress
 from dataclasses import replace
 from random import Random
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import httpx
+import jwt
 
-from tests.chaos.answers import REFUSALS, Answers, Told
+from tests.chaos.answers import NOT_REPLICATED, PASSING, REFUSALS, Answers, Told
 from tests.chaos.ledger import Agent, Conversation, Ledger, Message
-from tests.chaos.site import Site
+from tests.chaos.losses import Moment
+from tests.chaos.site import SITE_KEY, Site
 from tests.support.sse import SseParser
 
 TURNS = 20
 """Messages of a conversation at most: all of it stays within the history window, so that an answer tells what is missing."""
+
+
+USER_TOKEN_S = 900
 
 
 class Unanswered(Exception):
@@ -32,7 +37,7 @@ class Visitors:
     def __init__(self, site: Site, ledger: Ledger) -> None:
         self._site = site
         self._ledger = ledger
-        self._answers = Answers(ledger)
+        self._answers = Answers(ledger, PASSING | {NOT_REPLICATED} if site.options.loses_nothing else PASSING)
         self._stopping = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._flight = 0
@@ -65,10 +70,13 @@ class Visitors:
         async def look(conversation: Conversation) -> None:
             # A connection that fell silent earlier may be found out only now.
             async with at_once:
+                chance = Random(conversation.secret)
                 for _ in range(5):
-                    if await self._read_transcript(conversation, Random(conversation.secret)):
-                        return
-                self._ledger.unexpected.append(f"{conversation.session_id} cannot be read after the last fault")
+                    if await self._read_transcript(conversation, chance):
+                        break
+                else:
+                    self._ledger.unexpected.append(f"{conversation.session_id} cannot be read after the last fault")
+                await self._look_as_a_stranger(conversation, chance)
 
         await asyncio.gather(*(look(conversation) for conversation in self._ledger.conversations))
 
@@ -84,6 +92,8 @@ class Visitors:
             conversation = Conversation(f"session_{number:03d}_{count:05d}_chaos", secret, agent)
             if chance.random() < 0.3:
                 await self._mint(conversation, chance)
+            elif chance.random() < 0.3:
+                conversation.user, conversation.named_from = f"user-{number}", chance.choice((1, 2))
             self._ledger.conversations.append(conversation)
             await self._converse(conversation, chance)
             conversation.over = True
@@ -97,8 +107,10 @@ class Visitors:
             message = Message(number, text, work_ms / 1000, monotonic())
             conversation.messages.append(message)
             await self._insist(conversation, message, chance)
-            if not conversation.known():
+            if conversation.gone or not conversation.known():
                 return
+            if message.named and chance.random() < 0.2:
+                await self._look_as_a_stranger(conversation, chance)
             if message.answer is not None and chance.random() < 0.2:
                 await self._read_transcript(conversation, chance)
             if chance.random() < 0.1:
@@ -114,6 +126,7 @@ class Visitors:
             if conversation.ended:
                 await self._come_back(conversation, chance)
         elif draw < 0.5:
+            conversation.row_id = await self._site.row_id(conversation.session_id)
             conversation.erased = await self._close(conversation, "DELETE", "", chance)
             if conversation.erased:
                 await self._read_transcript(conversation, chance)
@@ -125,15 +138,42 @@ class Visitors:
             again = replace(message, pod=self._site.choose(chance))
             with suppress(Unanswered, httpx.HTTPError):
                 body = await self._attempt(conversation, again, chance)
+                again.answered_at = monotonic()
                 self._ledger.repeated += 1
-                self._answers.check_repeated(conversation, message, body)
+                self._answers.check_repeated(conversation, message, again, body)
 
     async def _come_back(self, conversation: Conversation, chance: Random) -> None:
-        """Sends a message to a session that has ended, once: nobody may answer it, or store it."""
+        """Sends a message to a session that has ended, once: nobody may answer it, or store it. If that it has ended may be
+        lost with a master, it is a message as any other."""
         message = Message(0, f"{conversation.secret} 0 0", 0, monotonic(), pod=self._site.choose(chance))
-        with suppress(Unanswered, httpx.HTTPError):
-            await self._attempt(conversation, message, chance)
-            self._ledger.unexpected.append(f"{conversation.session_id} had ended, and was answered")
+        try:
+            body = await self._attempt(conversation, message, chance)
+        except (Unanswered, httpx.HTTPError):
+            if self._ledger.may_be_open_again(conversation):
+                message.doubtful = True
+                conversation.messages.append(message)
+            return
+        message.answered_at = monotonic()
+        message.answer, message.turn_id = body["response"], body["metadata"]["turn_id"]
+        if self._ledger.may_be_open_again(conversation):
+            conversation.messages.append(message)
+
+        def judge() -> None:
+            if not self._ledger.may_be_open_again(conversation):
+                self._ledger.unexpected.append(f"{conversation.session_id} had ended, and was answered")
+
+        self._ledger.losses.look(judge)
+
+    async def _look_as_a_stranger(self, conversation: Conversation, chance: Random) -> None:
+        """Asks, without the user's token, for the messages of a session that is a user's, once: nobody may be shown them."""
+        if conversation.erased or not conversation.bound():
+            return
+        with suppress(httpx.HTTPError):
+            answer = await self._http.get(f"{self._url(chance)}/api/sessions/{conversation.session_id}/messages")
+            if answer.status_code == 200:
+                self._answers.check_stranger(conversation, answer.text)
+            elif answer.status_code != 404:
+                self._may_pass(answer, conversation)
 
     async def _pause(self, seconds: float) -> None:
         try:
@@ -143,6 +183,7 @@ class Visitors:
 
     async def _mint(self, conversation: Conversation, chance: Random) -> None:
         """Has the gateway mint a session; a browser's own id is used when it cannot."""
+        asked_at = monotonic()
         try:
             body = {"agent_id": conversation.agent}
             answer = await self._http.post(f"{self._url(chance)}/api/sessions", json=body)
@@ -151,12 +192,18 @@ class Visitors:
         if answer.status_code == 201:
             conversation.session_id = answer.json()["session_id"]
             conversation.token = answer.json()["session_token"]
+            conversation.opened = Moment(asked_at, monotonic())
 
     def _url(self, chance: Random) -> str:
         return self._site.pods[self._site.choose(chance)].url
 
-    def _headers(self, conversation: Conversation) -> dict[str, str]:
-        return {"Authorization": f"Bearer {conversation.token}"} if conversation.token else {}
+    def _headers(self, conversation: Conversation, *, named: bool = True) -> dict[str, str]:
+        """What proves that the session is the visitor's; with `named`, who the visitor is too, if the site knows."""
+        headers = {"Authorization": f"Bearer {conversation.token}"} if conversation.token else {}
+        if conversation.user and named:
+            claims = {"sub": conversation.user, "exp": int(time()) + USER_TOKEN_S}
+            headers["X-User-Token"] = jwt.encode(claims, SITE_KEY, algorithm="HS256")
+        return headers
 
     async def _close(self, conversation: Conversation, method: str, path: str, chance: Random) -> bool:
         """Ends or erases a session; whether that was answered. It is asked for until it is."""
@@ -164,13 +211,18 @@ class Visitors:
         may_be_absent = not conversation.known()
         while True:
             url = f"{self._url(chance)}/api/sessions/{conversation.session_id}{path}"
+            asked_at = monotonic()
             try:
                 answer = await self._http.request(method, url, headers=self._headers(conversation))
-                if answer.is_success:
+                if answer.is_success or (answer.status_code == 404 and may_be_absent and method == "DELETE"):
+                    conversation.closed = Moment(asked_at, monotonic())
                     return True
                 if answer.status_code == 404 and may_be_absent:
-                    return method == "DELETE"
+                    return False
                 if not self._may_pass(answer, conversation):
+                    return False
+                if answer.status_code == 404:
+                    conversation.gone = True
                     return False
             except httpx.HTTPError:
                 pass
@@ -191,8 +243,7 @@ class Visitors:
             return True
         if answer.status_code == 404 and not known:
             return True
-        self._may_pass(answer, conversation)
-        return False
+        return self._may_pass(answer, conversation) and answer.status_code == 404
 
     async def _insist(self, conversation: Conversation, message: Message, chance: Random) -> None:
         """Sends a message until it is answered; gives some up that were neither answered nor refused."""
@@ -214,7 +265,8 @@ class Visitors:
                     gives_up = chance.random() < 0.05 and not self._stopping.is_set()
                     # Whether Postgres has a session of this id cannot be known now: the visitor tries with another one.
                     unopened = error.code == "postgres_unavailable" and not conversation.known()
-                    if error.code == "session_ended" or unopened or gives_up:
+                    conversation.gone = error.code == "session_not_found"
+                    if error.code == "session_ended" or conversation.gone or unopened or gives_up:
                         return
                     # Whose turn has died with its pod need not wait any more: its lease is over.
                     await asyncio.sleep(0 if error.code == "turn_lost" else chance.uniform(0.05, 0.3))
@@ -229,6 +281,10 @@ class Visitors:
     async def _attempt(self, conversation: Conversation, message: Message, chance: Random) -> dict[str, Any]:
         """One request; the answer. Raises Unanswered or ConnectError."""
         streamed = chance.random() < 0.3
+        message.asked_at = monotonic()
+        message.named = bool(conversation.user) and any(
+            one.number >= conversation.named_from for one in (message, *conversation.messages)
+        )
         asking = asyncio.create_task(
             self._streamed(conversation, message, chance) if streamed else self._asked(conversation, message)
         )
@@ -256,7 +312,7 @@ class Visitors:
 
     async def _asked(self, conversation: Conversation, message: Message) -> dict[str, Any]:
         url = f"{self._site.pods[message.pod].url}/api/chat/{conversation.agent}/message"
-        headers = self._headers(conversation)
+        headers = self._headers(conversation, named=message.named)
         answer = await self._http.post(url, json=self._body(conversation, message), headers=headers)
         self._answers.look_for_foreign(conversation, answer.text)
         if answer.status_code == 200:
@@ -267,7 +323,7 @@ class Visitors:
 
     async def _streamed(self, conversation: Conversation, message: Message, chance: Random) -> dict[str, Any]:
         """Reads a stream to its end; when it breaks off, resumes it on whichever pod."""
-        site, headers = self._site, self._headers(conversation)
+        site, headers = self._site, self._headers(conversation, named=message.named)
         url = f"{site.pods[message.pod].url}/api/chat/{conversation.agent}/stream"
         body: dict[str, Any] | None = self._body(conversation, message)
         told = Told(self._ledger, conversation, message)
@@ -298,7 +354,7 @@ class Visitors:
             self._ledger.resumed += 1
             await asyncio.sleep(0.1)
             body = None
-            headers = {**self._headers(conversation), "Last-Event-ID": told.cursor}
+            headers = {**self._headers(conversation, named=message.named), "Last-Event-ID": told.cursor}
             pod = site.pods[site.choose(chance)].url
             url = f"{pod}/api/chat/{conversation.agent}/turns/{told.turn_id}/stream?session_id={conversation.session_id}"
         if told.end.kind != "turn.completed":

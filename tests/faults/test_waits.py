@@ -9,7 +9,7 @@ from redis.asyncio import Redis
 
 from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.redis import RedisServer
-from tests.chaos.faults import Window
+from tests.chaos.harm import Window
 from tests.chaos.ledger import Conversation, DiskStall, Ledger, Message
 from tests.chaos.unavailability import limits_broken, seen
 from tests.chaos.watch import note_disk_stalls
