@@ -7,6 +7,7 @@ anybody uses the successor. The successor's new epoch makes every session look t
 
 import asyncio
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -26,6 +27,8 @@ log = structlog.get_logger()
 
 LIMIT_S = 1.0
 """How long the successor waits for the records of its predecessor."""
+LAST_S = 0.4
+"""How long it may take until everybody knows of the successor."""
 LOOK_AGAIN_S = 0.05
 BATCH = 2000
 
@@ -66,15 +69,18 @@ class Rescue:
         self._name = name
 
     async def leave(self, address: Address) -> None:
-        """Flushes all that is on the outboxes of a former master, for LIMIT_S at most."""
-        client, flushed = self._connect_to(address), 0
+        """Flushes all that is on the outboxes of a former master, also what comes within LAST_S; takes LIMIT_S at most."""
+        client, flushed, began_at = self._connect_to(address), 0, monotonic()
         try:
             async with asyncio.timeout(LIMIT_S):
                 scripts = Scripts(client)
                 outbox = _LeftOutbox(scripts, self._keys, self._name)
                 flusher = Flusher(outbox, self._postgres, _LeftSessions(scripts, self._keys))
-                for partition in range(self._keys.partitions):
-                    flushed += await self._flush(client, flusher, partition)
+                # As long as anybody may not know yet of the successor.
+                while monotonic() - began_at < LAST_S:
+                    for partition in range(self._keys.partitions):
+                        flushed += await self._flush(client, flusher, partition)
+                    await asyncio.sleep(LOOK_AGAIN_S)
         except (PersistenceError, RedisError, OSError) as error:
             log.info("master.left", error=type(error).__name__, records=flushed)
         else:
@@ -103,10 +109,12 @@ class Wait:
         self._keys = keys
 
     async def leave(self, address: Address) -> None:
-        """Waits until the outboxes of a former master are empty or it does not answer, for LIMIT_S at most."""
+        """Waits until the outboxes of a former master are empty, or it does not answer: from LAST_S to LIMIT_S."""
         client = self._connect_to(address)
         try:
             async with asyncio.timeout(LIMIT_S):
+                await self._waiting(client)
+                await asyncio.sleep(LAST_S)
                 for _ in range(int(LIMIT_S / LOOK_AGAIN_S)):
                     if not await self._waiting(client):
                         break

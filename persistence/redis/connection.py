@@ -15,6 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import AbstractBackoff
 from redis.exceptions import ClusterCrossSlotError, RedisError, ResponseError
+from redis.utils import str_if_bytes
 
 from persistence.errors import CommandRefused, PersistenceError, RedisUnavailable
 from persistence.redis.urls import RedisUrl, parse_url
@@ -29,6 +30,8 @@ CALL_TIMEOUT_S = 1.8
 RETRIES = 2
 BACKOFF = Backoff(0.04, 0.2, jitter=True)
 MAX_CONNECTIONS = 1024
+LAST_WORD_S = 0.1
+"""How long the last Sentinels may take to answer once a majority has."""
 LISTEN_S = 5.0
 """A subscription to a Sentinel that was silent for so long is asked with PING; one that broke is made again after it."""
 
@@ -85,28 +88,31 @@ class NewestSentinel(Sentinel):
 
     async def discover_master(self, service_name: str) -> tuple[str, int]:
         """The address of the master. Raises MasterNotFoundError."""
-        asked = [asyncio.ensure_future(self._state(sentinel, service_name)) for sentinel in self.sentinels]
+        asked = {asyncio.ensure_future(self._state(sentinel, service_name)) for sentinel in self.sentinels}
         for task in asked:
             task.add_done_callback(retrieve)
+        pending, told = asked, list[tuple[int, str, int]]()
         try:
-            answered: set[asyncio.Future[dict[str, Any] | None]] = set()
-            pending = set(asked)
-            # A majority knows of every failover, for a majority has agreed to it.
-            while pending and sum(task.result() is not None for task in answered) <= len(asked) // 2:
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                answered |= done
+            # A majority has agreed to every failover; that it is over one of them may be the first to know.
+            while pending:
+                enough = len(told) > len(asked) // 2
+                done, pending = await asyncio.wait(
+                    pending, timeout=LAST_WORD_S if enough else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                told += [state for task in done if (state := task.result()) is not None]
+                if enough and not done:
+                    break
         finally:
             for task in asked:
                 task.cancel()
-        states = [state for task in answered if (state := task.result()) is not None]
-        if not states:
+        if not told:
             raise MasterNotFoundError(f"no Sentinel knows a master of {service_name!r}")
-        newest = max(states, key=lambda state: int(state["config-epoch"]))
-        return str(newest["ip"]), int(newest["port"])
+        _, host, port = max(told)
+        return host, port
 
-    async def switched(self, service_name: str) -> None:
-        """Returns when a Sentinel announces another master."""
-        listening = [asyncio.ensure_future(self._listen(sentinel, service_name)) for sentinel in self.sentinels]
+    async def switched(self) -> None:
+        """Returns when a Sentinel announces a failover."""
+        listening = [asyncio.ensure_future(self._listen(sentinel)) for sentinel in self.sentinels]
         try:
             await asyncio.wait(listening, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -115,31 +121,38 @@ class NewestSentinel(Sentinel):
             await asyncio.gather(*listening, return_exceptions=True)
 
     @staticmethod
-    async def _listen(sentinel: Redis, service_name: str) -> None:
+    async def _listen(sentinel: Redis) -> None:
         while True:
             pubsub = sentinel.pubsub()
             try:
-                await pubsub.subscribe("+switch-master")
+                await pubsub.subscribe("+switch-master", "+promoted-slave")
                 while True:
                     message = await pubsub.get_message(ignore_subscribe_messages=True, timeout=LISTEN_S)
-                    if message is None:
-                        await pubsub.ping()
-                    elif bytes(message["data"]).split()[:1] == [service_name.encode()]:
+                    if message is not None:
                         return
+                    await pubsub.ping()
             except (RedisError, OSError):
                 # It may be down for long; the master is asked for every second all the same.
                 await asyncio.sleep(LISTEN_S)
             finally:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]
 
-    async def _state(self, sentinel: Redis, service_name: str) -> dict[str, Any] | None:
-        """What a Sentinel knows of the master, None unless it knows one that is up."""
+    async def _state(self, sentinel: Redis, service_name: str) -> tuple[int, str, int] | None:
+        """The number of the latest failover that a Sentinel knows of, and the master since; None unless it is up."""
         try:
             states: Any = await sentinel.sentinel_masters()
+            # Tells of a promoted replica before the state does.
+            address: Any = await sentinel.sentinel_get_master_addr_by_name(service_name)
         except (RedisError, OSError):
             return None
-        state: dict[str, Any] | None = states.get(service_name)
-        return state if state is not None and self.check_master_state(state, service_name) else None
+        state = states.get(service_name)
+        if state is None or not address:
+            return None
+        host, port = str_if_bytes(address[0]), int(address[1])
+        promoted = (host, port) != (state["ip"], state["port"])
+        if not promoted and not self.check_master_state(state, service_name):
+            return None
+        return int(state["config-epoch"]), host, port
 
 
 def _connect_sentinel(url: RedisUrl, options: dict[str, Any]) -> Redis:

@@ -293,7 +293,7 @@ class HeldPool(_BoundedPool):
         if sentinels is None:
             await asyncio.Event().wait()
         else:
-            await sentinels.switched(self._pool.service_name)  # type: ignore[attr-defined]
+            await sentinels.switched()
 
     async def drop(self) -> None:
         await self.server.drop()
