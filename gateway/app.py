@@ -66,6 +66,7 @@ from persistence.redis.turn_logs import TurnLogs
 from persistence.redis.wakeups import WakeUps
 from persistence.rescue import Rescue, Wait
 from persistence.settler import Settler
+from persistence.sweep import Sweep
 from persistence.watch import Watch
 from persistence.worker import Worker
 
@@ -289,7 +290,8 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
         session_timeout_s=settings.session_timeout_s,
     )
     watch = Watch(stores.scripts, stores.settler, of_worker=True)
-    return Worker(stores.outbox, stores.postgres, stores.sessions, housekeeping, watch)
+    sweep = Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator)
+    return Worker(stores.outbox, stores.postgres, stores.sessions, housekeeping, watch, sweep)
 
 
 async def warn_if_not_migrated(postgres: Postgres) -> None:

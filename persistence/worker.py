@@ -18,6 +18,7 @@ from persistence.postgres.postgres import Postgres
 from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox
 from persistence.redis.sessions import SessionStore
 from persistence.retry import Attempts, Backoff
+from persistence.sweep import Sweep
 from persistence.tasks import gather_bounded
 from persistence.watch import Watch
 
@@ -30,6 +31,7 @@ IN_HAND = 3
 FLUSH_EVERY_S = 0.2
 """From one flush to the next while batches are not full. A transaction costs the same for few records as for many."""
 MAX_BACKOFF_S = 2.0
+SWEEP_EVERY_S = 2.0
 CLAIM_EVERY_S = CLAIM_IDLE_MS / 1000 / 2
 DRAIN_BACKOFF = Backoff(0.2, 0.2)
 
@@ -44,6 +46,7 @@ class Worker:
         sessions: SessionStore,
         housekeeping: Housekeeping,
         watch: Watch | None = None,
+        sweep: Sweep | None = None,
         *,
         housekeep_s: float = 1.0,
         fields: SessionFields = SESSION_FIELDS,
@@ -52,6 +55,7 @@ class Worker:
         self._flusher = Flusher(outbox, postgres, sessions, fields)
         self.housekeeping = housekeeping
         self._watch = watch
+        self._sweep = sweep
         self._housekeep_s = housekeep_s
         self._stopping = asyncio.Event()
         self._claim_at = 0.0
@@ -67,6 +71,8 @@ class Worker:
             tasks.create_task(self._repeat("housekeeping", self._housekeep, self._housekeep_s))
             if self._watch is not None:
                 tasks.create_task(self._repeat("watch", self._look_next, 0))
+            if self._sweep is not None:
+                tasks.create_task(self._repeat("sweep", self._sweep_once, SWEEP_EVERY_S))
         if self._watch is not None:
             self._watch.close()
 
@@ -106,6 +112,11 @@ class Worker:
         assert self._watch is not None, "only with a watch"
         await self._watch.look_next()
         return 0
+
+    async def _sweep_once(self) -> float:
+        assert self._sweep is not None, "only with a sweep"
+        await self._sweep.run_once()
+        return SWEEP_EVERY_S
 
     async def _housekeep(self) -> float:
         return 0 if await self.housekeeping.run_once() else self._housekeep_s

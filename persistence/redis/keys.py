@@ -12,8 +12,9 @@ gw:{p}:outbox_bytes                string  permanent                 the same, m
 gw:{p}:dead                        stream  permanent                 lua/dead_letter, retry_dead, erase: dead letters
 gw:{p}:fence                       string  permanent                 lua/begin (one number per turn begun or ticket given),
                                                                      settle (never lower than Postgres knows)
-gw:{p}:epoch                       hash    permanent                 lua/settle, reconcile: `epoch`, and the replication id
-                                                                     of the `server` that it began with; see README
+gw:{p}:epoch                       hash    permanent                 lua/settle, reconcile; outbox.py, sweep.py: `epoch`, the
+                                                                     replication id of the `server` that it began with,
+                                                                     counters; see README
 gw:{p}:awaited                     string  1 min                     scripts.py: written before each wait for replicas
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim:
                                                                      sessions by their last activity, in ms

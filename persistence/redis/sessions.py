@@ -361,6 +361,16 @@ class SessionStore:
                 return reply
             logged = reply[1].decode()
 
+    async def forget_logs(self, session_id: str) -> bool:
+        """Removes the turn logs of a session that is in neither store; False when it is in Redis."""
+        keys, logged = self._key(session_id, "logs"), ""
+        while True:
+            logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
+            reply = await self._scripts.run("forget_logs", session_id, [*keys, *logs], {"logged": logged})
+            if reply[0] != "logs":
+                return bool(reply[0] == "forgotten")
+            logged = reply[1].decode()
+
     async def reap(self, session_id: str) -> str | None:
         """Gives up a turn whose lease has expired; its turn_id, or None."""
         reply = await self._scripts.run(

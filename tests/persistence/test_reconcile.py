@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
+from uuid_utils.compat import uuid7
 
 from gateway.app import Stores
 from gateway.settings import Settings
@@ -15,6 +16,7 @@ from persistence.postgres.postgres import Postgres
 from persistence.redis.epochs import FENCE_JUMP
 from persistence.redis.outcomes import Absent, Hot, Refused
 from persistence.repair import PLACE_TAKEN
+from persistence.sweep import Sweep
 from persistence.watch import Watch
 from persistence.worker import Worker
 from tests.support.layer import new_turn
@@ -381,3 +383,43 @@ async def test_records_taken_in_another_epoch_are_not_acknowledged(stores: Store
     assert await stores.outbox.mark_flushed(0, records, 1) == 0
     assert (await stores.outbox.backlog(0)).records == 2
     assert await worker.drain(10)
+
+
+# --------------------------------------------------------------------------------------------- what nobody touches any more
+
+
+def sweep_of(stores: Stores) -> Sweep:
+    return Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator)
+
+
+async def test_an_erased_session_is_swept_away_though_nobody_comes_back(stores: Stores, flush: Flush) -> None:
+    for session_id in (SESSION_ID, f"{SESSION_ID}_2"):
+        await say(stores, session_id, "one")
+    await flush()
+    forget = await remember(stores)
+    await stores.sessions.erase(SESSION_ID, OWNER)
+    await flush()
+    await forget()
+    await stores.client.zadd(stores.keys.live(0), {SESSION_ID: 1})
+    await notice(stores)
+    assert await sweep_of(stores).run_once() == 1
+    await flush()
+    assert not await stores.client.exists(stores.keys.session(SESSION_ID))
+    assert await stores.client.exists(stores.keys.session(f"{SESSION_ID}_2"))
+    assert await sweep_of(stores).run_once() == 0, "once an epoch"
+
+
+async def test_the_turn_logs_of_an_erased_session_are_swept_away(stores: Stores, flush: Flush) -> None:
+    logs = stores.keys.logs(0)
+    for session_id in (SESSION_ID, f"{SESSION_ID}_2"):
+        turn_id = str(uuid7())
+        await stores.client.xadd(stores.keys.events(session_id, turn_id), {"session": session_id})
+        await stores.client.expire(stores.keys.events(session_id, turn_id), 300)
+        seconds, _ = await stores.client.time()
+        await stores.client.hset(logs, session_id, f"{turn_id}@{seconds * 1000 + 300_000}")
+    await say(stores, f"{SESSION_ID}_2", "one")
+    await flush()
+    await stores.client.delete(stores.keys.session(f"{SESSION_ID}_2"))
+    await sweep_of(stores).run_once()
+    assert await stores.client.hkeys(logs) == [f"{SESSION_ID}_2".encode()], "the other one is in Postgres"
+    assert len([key async for key in stores.client.scan_iter("gw:{0}:events:*")]) == 1

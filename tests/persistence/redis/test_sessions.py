@@ -1029,6 +1029,13 @@ async def _twice_settle(layer: Layer) -> Repeated:
     return lambda: layer.scripts.run("settle", "", keys, arguments)
 
 
+async def _twice_forget_logs(layer: Layer) -> Repeated:
+    session_id, turn_id = new_id(), str(uuid7())
+    await layer.client.hset(layer.keys.logs(0), session_id, f"{turn_id}@{await layer.redis_ms() + 60_000}")
+    await layer.client.xadd(layer.keys.events(session_id, turn_id), {"session": session_id})
+    return lambda: layer.sessions.forget_logs(session_id)
+
+
 async def _twice_doubt(layer: Layer) -> Repeated:
     session_id = (await layer.open()).session_id
     return lambda: layer.sessions.doubt(session_id)
