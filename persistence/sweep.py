@@ -36,7 +36,8 @@ class Sweep:
         self._hydrator = hydrator
 
     async def run_once(self) -> int:
-        """Sweeps the partitions with an epoch that nobody has swept; how many. Raises RedisUnavailable, PostgresUnavailable."""
+        """Sweeps the partitions with an epoch that nobody has swept; how many. Raises RedisUnavailable or
+        PostgresUnavailable."""
         swept = 0
         for partition in range(self._keys.partitions):
             key = self._keys.epoch(partition)
