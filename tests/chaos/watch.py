@@ -5,10 +5,10 @@ from collections import defaultdict
 from time import monotonic, time
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from tests.chaos.ledger import DiskStall, Ledger
 from tests.chaos.site import Site
+from tests.chaos.store import AWAY
 from tests.support.rule import all_keys
 
 EVERY_S = 0.5
@@ -55,7 +55,7 @@ async def watch_redis(site: Site, ledger: Ledger) -> None:
             ledger.looks += 1
             for server in await store.masters():
                 await note_disk_stalls(store.client_of(server), ledger, store.clock_s)
-        except (RedisError, OSError):
+        except AWAY:
             # It is away by a fault.
             pass
         await asyncio.sleep(every_s)
