@@ -6,7 +6,7 @@ pods and workers still reach it (`faults_failover.py`).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -250,7 +250,7 @@ class Store:
         found = await self.each(("EXISTS", name) for name in names)
         return [partition for partition, there in zip(names.values(), found, strict=True) if there]
 
-    async def each(self, commands: Iterator[tuple[str | int, ...]]) -> list[Any]:
+    async def each(self, commands: Iterable[tuple[str | int, ...]]) -> list[Any]:
         """The replies to commands about a key each, whatever server has it. Errors are raised."""
         pipe: Any = self.client.pipeline() if self._cluster is not None else self.client.pipeline(transaction=False)
         for command in commands:

@@ -48,9 +48,11 @@ async def watch_redis(site: Site, ledger: Ledger) -> None:
             for key in await all_keys(store.client, store.keys):
                 if ":session:" in key:
                     sessions[store.keys.partition(key.partition(":session:")[2])].append(key)
+            commands: list[tuple[str | int, ...]] = []
             for partition in sorted({*await store.partitions(), *sessions}):
                 keys = [store.keys.outbox(partition), store.keys.outbox_bytes(partition), *sessions[partition]]
-                wrong = await store.client.eval(LOOK, len(keys), *keys)
+                commands.append(("EVAL", LOOK, len(keys), *keys))
+            for wrong in await store.each(commands):
                 ledger.left_over += [text.decode() for text in wrong]
             ledger.looks += 1
             for server in await store.masters():
