@@ -8,12 +8,10 @@ from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic
 
-from redis.exceptions import RedisError
-
 from gateway.dev.servers.ports import ServerError
 from gateway.dev.servers.redis import SENTINEL_NAME, RedisServer
 from tests.chaos.harm import Harm
-from tests.chaos.store import PEER, WATCH, Store
+from tests.chaos.store import AWAY, PEER, WATCH, Store
 from tests.support.serving import wait_for
 
 CUT_OFF_S = 2.0
@@ -154,7 +152,7 @@ async def _until_followed(master: RedisServer) -> None:
     """Waits until nobody may be answered by the old master any more: it is a replica, or all have had the time to leave."""
     due_at = monotonic() + FOLLOWS_S
     while monotonic() < due_at:
-        with suppress(ServerError, RedisError, OSError):
+        with suppress(ServerError, *AWAY):
             if (await asyncio.to_thread(master.facts, "INFO", "replication")).get("role") == "slave":
                 return
         await asyncio.sleep(POLL_S)

@@ -11,13 +11,12 @@ from pathlib import Path
 from random import Random
 from time import monotonic
 
-from redis.exceptions import RedisError
-
 from tests.chaos.faults import FAULTS, go_together, inject, lasts_s, usual
 from tests.chaos.harm import Window
 from tests.chaos.ledger import Ledger
 from tests.chaos.options import Options
 from tests.chaos.site import Site
+from tests.chaos.store import AWAY
 from tests.chaos.unavailability import Seen, limits_broken, seen, turned_away_in_peace
 from tests.chaos.verdict import Verdict, check
 from tests.chaos.visitors import Visitors
@@ -79,6 +78,8 @@ async def _run(options: Options, site: Site, say: Callable[[str], None]) -> Outc
     drained, drain_s = await _drain(site, options.drain_s)
     await visitors.look_again()
     await visitors.close()
+    if watching.done():
+        ledger.unexpected.append(f"nobody looked at Redis any more: {watching.exception()!r}")
     watching.cancel()
     await _stop(site, ledger, drained)
     say(f"{monotonic() - began_at:6.1f} s  {'drained' if drained else 'NOT drained'}; reading both stores")
@@ -136,7 +137,7 @@ async def _drain(site: Site, limit_s: float) -> tuple[bool, float]:
         try:
             if await site.store.waiting() == (0, 0) and not await site.store.running():
                 return True, monotonic() - began_at
-        except (RedisError, OSError):
+        except AWAY:
             # A connection from before the last fault is found out now.
             pass
         await asyncio.sleep(0.1)

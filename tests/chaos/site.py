@@ -13,12 +13,11 @@ from typing import Any, Self
 
 import asyncpg
 import httpx
-from redis.exceptions import RedisError
 
 from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.postgres import PostgresServer
 from tests.chaos.options import Options
-from tests.chaos.store import Store
+from tests.chaos.store import AWAY, Store
 from tests.support.links import Link
 from tests.support.serving import ADMIN, NO_TLS, ROOT, GatewayProcess, wait_for
 
@@ -226,7 +225,7 @@ class Site:
 
     async def row_id(self, session_id: str) -> str:
         """The id of a session's row, of whichever store has it; empty when that cannot be told now."""
-        with suppress(RedisError, OSError):
+        with suppress(*AWAY):
             found: Any = await self.store.client.hget(self.store.keys.session(session_id), "id")
             if found:
                 return str(found.decode())

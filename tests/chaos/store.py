@@ -6,7 +6,7 @@ pods and workers still reach it (`faults_failover.py`).
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.crc import key_slot
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import RedisClusterException, RedisError, ResponseError
 
 from gateway.dev.servers import redis as servers
 from gateway.dev.servers.ports import HOST, ServerError, free_port
@@ -41,8 +41,14 @@ STALL_MS = "250"
 MAX_LAG_S = "1"
 """min-replicas-max-lag: a replica that has not been heard of for longer is not in step."""
 ASKED_EVERY_S = 0.2
+MAX_CONNECTIONS = 1024
+"""Of the harness to a node: it asks about all partitions at once."""
 WHOLE_S = 60.0
 """How long servers may take to work together again when all of them run."""
+
+AWAY = (RedisError, RedisClusterException, OSError)
+"""What clients raise when Redis, or a part of it, is away: redis-py's error when no node of a cluster can be reached is none
+of its RedisErrors."""
 
 Client = Redis | RedisCluster
 
@@ -99,8 +105,16 @@ class Store:
         await asyncio.to_thread(self.group.start)
         if self.topology == "cluster":
             nodes = [ClusterNode(HOST, server.port) for server in self.servers]
-            options: Any = {"protocol": 2, "retry": Retry(NoBackoff(), 1), "socket_timeout": 5, "health_check_interval": 0}
-            self._cluster = RedisCluster(startup_nodes=nodes, password=PASSWORD, require_full_coverage=False, **options)
+            self._cluster = RedisCluster(
+                startup_nodes=nodes,
+                password=PASSWORD,
+                require_full_coverage=False,
+                protocol=2,
+                retry=Retry(NoBackoff(), 1),
+                socket_timeout=5,
+                health_check_interval=0,
+                max_connections=MAX_CONNECTIONS,
+            )
             await self._cluster.initialize()
         elif self.topology == "sentinel":
             self._tasks.append(asyncio.create_task(self._follow()))
@@ -184,7 +198,7 @@ class Store:
         together = await asyncio.to_thread(self._work_together)
         # The client learns of a new master when it meets the old one only; whoever looks next should not be refused.
         if together and self._cluster is not None:
-            with suppress(RedisError, OSError):
+            with suppress(*AWAY):
                 await self._cluster.nodes_manager.initialize()
         return together
 
@@ -236,7 +250,7 @@ class Store:
         found = await self.each(("EXISTS", name) for name in names)
         return [partition for partition, there in zip(names.values(), found, strict=True) if there]
 
-    async def each(self, commands: Iterator[tuple[str | int, ...]]) -> list[Any]:
+    async def each(self, commands: Iterable[tuple[str | int, ...]]) -> list[Any]:
         """The replies to commands about a key each, whatever server has it. Errors are raised."""
         pipe: Any = self.client.pipeline() if self._cluster is not None else self.client.pipeline(transaction=False)
         for command in commands:
@@ -265,7 +279,7 @@ class Store:
         """The ids of the records that workers have taken last; None while Redis or an outbox's group is away."""
         try:
             groups = await self.of_outboxes(self.client.xinfo_groups)
-        except (RedisError, OSError):
+        except AWAY:
             return None
         return [str(one["last-delivered-id"]) for found in groups for one in found if one["name"] == GROUP.encode()] or None
 

@@ -5,10 +5,10 @@ from collections import defaultdict
 from time import monotonic, time
 
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
 
 from tests.chaos.ledger import DiskStall, Ledger
 from tests.chaos.site import Site
+from tests.chaos.store import AWAY
 from tests.support.rule import all_keys
 
 EVERY_S = 0.5
@@ -48,14 +48,16 @@ async def watch_redis(site: Site, ledger: Ledger) -> None:
             for key in await all_keys(store.client, store.keys):
                 if ":session:" in key:
                     sessions[store.keys.partition(key.partition(":session:")[2])].append(key)
+            commands: list[tuple[str | int, ...]] = []
             for partition in sorted({*await store.partitions(), *sessions}):
                 keys = [store.keys.outbox(partition), store.keys.outbox_bytes(partition), *sessions[partition]]
-                wrong = await store.client.eval(LOOK, len(keys), *keys)
+                commands.append(("EVAL", LOOK, len(keys), *keys))
+            for wrong in await store.each(commands):
                 ledger.left_over += [text.decode() for text in wrong]
             ledger.looks += 1
             for server in await store.masters():
                 await note_disk_stalls(store.client_of(server), ledger, store.clock_s)
-        except (RedisError, OSError):
+        except AWAY:
             # It is away by a fault.
             pass
         await asyncio.sleep(every_s)

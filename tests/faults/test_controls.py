@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.options import Options
+from tests.chaos.options import Options, Topology
 from tests.chaos.report import report
 from tests.chaos.run import run
 from tests.support.serving import ROOT
@@ -61,7 +61,13 @@ class Control:
     work_ms: tuple[int, ...] = (0, 100, 300)
     memory_share: float = 0.97
     once: bool = False
+    topology: Topology = "single"
+    replicas: int = 0
+    min_replicas: bool = False
 
+
+FORGOTTEN = {"lost", "doubled", "out_of_order", "left_over", "unexpected"}
+"""What shows when nobody compares a Redis that has forgotten with Postgres."""
 
 CONTROLS = {
     "the answer is given before its record is on the outbox": Control(
@@ -193,6 +199,9 @@ CONTROLS = {
         ("field-damaged",),
         {"out_of_order"},
     ),
+    # Without an edit: there is no guard yet that could be taken out.
+    "Redis has forgotten what Postgres knows": Control([], ("rollback",), FORGOTTEN, seconds=20),
+    "a demoted master is written to": Control([], ("failover-planned",), FORGOTTEN, seconds=30, topology="sentinel"),
 }
 
 
@@ -221,6 +230,9 @@ def options(control: Control, source: Path) -> Options:
         memory_share=control.memory_share,
         until=frozenset(control.kinds),
         once=control.once,
+        topology=control.topology,
+        replicas=control.replicas,
+        min_replicas=control.min_replicas,
         together=0,
         patience_s=8,
         drain_s=10,
