@@ -178,6 +178,47 @@ def test_a_sentinel_names_the_master_and_the_next_one(directory: Path) -> None:
             assert time.monotonic() < deadline
 
 
+def test_replicas_of_a_cluster_take_over(directory: Path) -> None:
+    ports, replica_ports = ([free_port() for _ in range(3)] for _ in range(2))
+    with RedisCluster(directory, ports, replica_ports=replica_ports) as cluster:
+        master, replica = cluster.servers[0], cluster.servers[3]
+        assert replica.facts("INFO", "replication")["master_port"] == str(master.port)
+        master.kill()
+        deadline = time.monotonic() + 20
+        while replica.facts("INFO", "replication").get("role") != "master":
+            assert time.monotonic() < deadline
+        cluster.start()  # starts the one that is missing, which follows the other one now
+        assert master.facts("INFO", "replication")["master_port"] == str(replica.port)
+        cluster.stop()
+        cluster.start()
+        assert master.facts("INFO", "replication")["role"] == "slave"
+
+
+def test_three_sentinels_that_know_a_password_fail_over(directory: Path) -> None:
+    password = {"requirepass": "pass", "user": "peer on >word ~* &* +@all", "masteruser": "peer", "masterauth": "word"}
+    with RedisSentinel(
+        directory,
+        master_port=free_port(),
+        replica_port=free_port(),
+        sentinel_port=free_port(),
+        more_replica_ports=[free_port()],
+        more_sentinel_ports=[free_port(), free_port()],
+        config=password,
+    ) as group:
+        assert group.sentinels[1].ask("SENTINEL", "CKQUORUM", "gateway") == (
+            "OK 3 usable Sentinels. Quorum and failover authorization can be reached"
+        )
+        group.master.kill()
+        deadline = time.monotonic() + 20
+        while {sentinel.master_port() for sentinel in group.sentinels} & {group.master.port}:
+            assert time.monotonic() < deadline
+        assert group.sentinel.master_port() in {replica.port for replica in group.replicas}
+        group.start()
+        group.stop()
+        group.start()
+        assert group.master.follows()
+
+
 async def count_busy(postgres: PostgresServer) -> int:
     link = await asyncpg.connect(postgres.url)
     count = await link.fetchval(

@@ -85,6 +85,10 @@ class Server(ABC):
         """The account to run as; None is our own."""
         return None
 
+    def _environment(self) -> dict[str, str]:
+        """The environment of the program."""
+        return program_environment()
+
     def _settle(self) -> None:
         """What is left to do once the server answers."""
         return
@@ -163,7 +167,7 @@ class Server(ABC):
         """Start the program and wait until it answers. False: it exited for a reason that passes, so try again."""
         with self.log.open("ab") as log:
             begin = log.tell()
-            self._process = _spawn(self._command(), self.directory, log, self._account())
+            self._process = _spawn(self._command(), self.directory, log, self._account(), self._environment())
         while not self._answers():
             if not self.running:
                 text = _text_from(self.log, begin)
@@ -216,13 +220,17 @@ class Server(ABC):
 
 
 def _spawn(
-    command: list[str], directory: Path, log: IO[bytes], account: pwd.struct_passwd | None
+    command: list[str],
+    directory: Path,
+    log: IO[bytes],
+    account: pwd.struct_passwd | None,
+    environment: Mapping[str, str],
 ) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(  # noqa: S603 - our own arguments
             command,
             cwd=directory,
-            env=program_environment(),
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,

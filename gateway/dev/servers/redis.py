@@ -18,6 +18,8 @@ SENTINEL_NAME = "gateway"
 
 CLUSTER_SLOTS = 16384
 
+Reply: TypeAlias = "str | int | list[Reply] | None"
+
 
 class RedisServer(Server):
     """A Redis or Valkey server that keeps its data: append-only file synced every second, `volatile-lru`, sessions packed.
@@ -85,36 +87,81 @@ class RedisServer(Server):
         self._mark.write_text("\n".join(lines) + "\n")
         self._configured = True
 
-    def _answers(self) -> bool:
+    @property
+    def password(self) -> str:
+        """What clients have to know; empty when anybody may come."""
+        return self._config.get("requirepass", "")
+
+    def ask(self, *words: str) -> Reply:
+        """One command, on a connection of its own. Raises ServerError when it is refused or not answered."""
+        return _ask(self.port, *words, password=self.password)
+
+    def facts(self, *words: str) -> dict[str, str]:
+        """The `name:value` lines that a command replies with; empty when the server does not answer."""
         try:
-            if _ask(self.port, "PING") != "PONG":
-                return False
-        except ServerError as error:
-            return "NOAUTH" in str(error)  # it serves those who know its password
-        return self._process is not None and _facts(self.port, "INFO", "server").get("process_id") == str(self._process.pid)
+            text = self.ask(*words)
+        except ServerError:
+            return {}
+        pairs = (line.partition(":") for line in str(text).splitlines() if not line.startswith("#"))
+        return {name: value for name, _, value in pairs}
+
+    def follows(self) -> bool:
+        """Whether the server is a master, or a replica that is in touch with its own."""
+        facts = self.facts("INFO", "replication")
+        return facts.get("role") == "master" or facts.get("master_link_status") == "up"
+
+    def _answers(self) -> bool:
+        return self._process is not None and self.facts("INFO", "server").get("process_id") == str(self._process.pid)
 
 
 class SentinelServer(RedisServer):
-    """A Redis Sentinel, the same program in another role: watches one master by the name `gateway`, with quorum 1."""
+    """A Redis Sentinel, the same program in another role: watches one master by the name `gateway`.
+
+    `quorum` Sentinels have to find that the master is down. `config` takes directives about that master (`auth-pass`).
+    """
 
     kind = "sentinel"
 
-    def __init__(self, directory: Path, port: int, *, master_port: int) -> None:
+    def __init__(
+        self, directory: Path, port: int, *, master_port: int, quorum: int = 1, config: Mapping[str, str] = NOTHING
+    ) -> None:
         super().__init__(directory, port)
         self._master_port = master_port
+        self._quorum = quorum
+        self._watch = {"down-after-milliseconds": "1000", "failover-timeout": "3000", **config}
 
     @property
     def url(self) -> str:
         return f"redis+sentinel://{HOST}:{self.port}/{SENTINEL_NAME}/0"
+
+    def master_port(self) -> int:
+        """The port of the master that this Sentinel tells clients. Raises ServerError when it does not answer."""
+        match self.ask("SENTINEL", "GET-MASTER-ADDR-BY-NAME", SENTINEL_NAME):
+            case [_, str(port)]:
+                return int(port)
+        raise ServerError(f"the Sentinel on port {self.port} knows no master {SENTINEL_NAME}")
+
+    def sees(self, replicas: int, sentinels: int) -> bool:
+        """Whether it is in touch with so many replicas, and with so many Sentinels besides itself."""
+        try:
+            found = self.ask("SENTINEL", "REPLICAS", SENTINEL_NAME)
+            others = self.ask("SENTINEL", "SENTINELS", SENTINEL_NAME)
+        except ServerError:
+            return False
+        if not isinstance(found, list) or not isinstance(others, list):
+            return False
+        healthy = [replica for replica in found if _fields(replica).get("master-link-status") == "ok"]
+        # They keep `master_down`, an opinion of the past, among their flags.
+        known = [other for other in others if "s_down" not in _fields(other).get("flags", "s_down").split(",")]
+        return len(healthy) >= replicas and len(known) >= sentinels
 
     def _command(self) -> list[str]:
         return [*super()._command(), "--sentinel"]
 
     def _directives(self) -> list[str]:
         return [
-            f"sentinel monitor {SENTINEL_NAME} {HOST} {self._master_port} 1",
-            f"sentinel down-after-milliseconds {SENTINEL_NAME} 1000",
-            f"sentinel failover-timeout {SENTINEL_NAME} 3000",
+            f"sentinel monitor {SENTINEL_NAME} {HOST} {self._master_port} {self._quorum}",
+            *(f"sentinel {name} {SENTINEL_NAME} {value}" for name, value in self._watch.items()),
         ]
 
 
@@ -154,9 +201,19 @@ class _Group(ABC):
 
 
 class RedisCluster(_Group):
-    """A Redis Cluster of masters only, the slots shared out evenly: one for each of `ports`."""
+    """A Redis Cluster, the slots shared out evenly: one master for each of `ports`, one replica for each of `replica_ports`.
 
-    def __init__(self, directory: Path, ports: Sequence[int], *, config: Mapping[str, str] = NOTHING) -> None:
+    The first replica follows the first master, the second one the second, and so on, round and round.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        ports: Sequence[int],
+        *,
+        replica_ports: Sequence[int] = (),
+        config: Mapping[str, str] = NOTHING,
+    ) -> None:
         if len(ports) < 3:
             raise ServerError(f"a Redis Cluster needs at least 3 masters, not {len(ports)}")
         # One directory for each port: the nodes remember each other's ports, so others make another cluster.
@@ -169,39 +226,53 @@ class RedisCluster(_Group):
                     "cluster-config-file": "nodes.conf",
                     "cluster-node-timeout": "2000",
                     "cluster-port": str(bus_port(port)),
+                    # By default a replica waits 5 s for others to copy along with it.
+                    "repl-diskless-sync-delay": "0",
                     **config,
                 },
             )
-            for port in ports
+            for port in (*ports, *replica_ports)
         )
+        self._masters = len(ports)
 
     @property
     def url(self) -> str:
-        return f"redis+cluster://{HOST}:{self.servers[0].port}"
+        password = self.servers[0].password
+        return f"redis+cluster://{f':{password}@' if password else ''}{HOST}:{self.servers[0].port}"
 
     def _start_in_order(self) -> None:
         for server in self.servers:
             server.start()
-        if _facts(self.servers[0].port, "CLUSTER", "INFO").get("cluster_slots_assigned") == "0":
+        if self.servers[0].facts("CLUSTER", "INFO").get("cluster_slots_assigned") == "0":
             self._join()
         if not wait_until(lambda: all(map(self._is_whole, self.servers)), START_LIMIT_S):
             raise ServerError(f"the Redis Cluster at port {self.servers[0].port} did not come together; see its logs")
 
     def _join(self) -> None:
-        for number, server in enumerate(self.servers):
-            first, end = (CLUSTER_SLOTS * n // len(self.servers) for n in (number, number + 1))
-            _ask(server.port, "CLUSTER", "ADDSLOTSRANGE", str(first), str(end - 1))
-            _ask(server.port, "CLUSTER", "SET-CONFIG-EPOCH", str(number + 1))  # spares them settling who is who
+        masters, replicas = self.servers[: self._masters], self.servers[self._masters :]
+        for number, server in enumerate(masters):
+            first, end = (CLUSTER_SLOTS * n // len(masters) for n in (number, number + 1))
+            server.ask("CLUSTER", "ADDSLOTSRANGE", str(first), str(end - 1))
+            server.ask("CLUSTER", "SET-CONFIG-EPOCH", str(number + 1))  # spares them settling who is who
         for server in self.servers[1:]:
-            _ask(self.servers[0].port, "CLUSTER", "MEET", HOST, str(server.port), str(bus_port(server.port)))
+            self.servers[0].ask("CLUSTER", "MEET", HOST, str(server.port), str(bus_port(server.port)))
+        for number, replica in enumerate(replicas):
+            master = str(masters[number % len(masters)].ask("CLUSTER", "MYID"))
+            if not wait_until(lambda: _obeys(replica, "CLUSTER", "REPLICATE", master), START_LIMIT_S):  # noqa: B023 - at once
+                raise ServerError(f"the replica on port {replica.port} does not get to know its master; see {replica.log}")
 
     def _is_whole(self, server: RedisServer) -> bool:
-        facts = _facts(server.port, "CLUSTER", "INFO")
-        return facts.get("cluster_state") == "ok" and facts.get("cluster_known_nodes") == str(len(self.servers))
+        facts = server.facts("CLUSTER", "INFO")
+        met = facts.get("cluster_state") == "ok" and facts.get("cluster_known_nodes") == str(len(self.servers))
+        return met and server.follows()
 
 
 class RedisSentinel(_Group):
-    """A master, its replica and one Sentinel that fails over between them; the two change roles when it does."""
+    """A master, its replicas, and Sentinels that fail over between them; the servers change roles when they do.
+
+    With more than one Sentinel, more than half of them have to find that the master is down. Where the servers ask for
+    a password (`requirepass`, or `masteruser` and `masterauth`), `config` has it for all of them, and Sentinels use it.
+    """
 
     def __init__(
         self,
@@ -210,38 +281,71 @@ class RedisSentinel(_Group):
         master_port: int,
         replica_port: int,
         sentinel_port: int,
+        more_replica_ports: Sequence[int] = (),
+        more_sentinel_ports: Sequence[int] = (),
         config: Mapping[str, str] = NOTHING,
     ) -> None:
         # By default a replica waits 5 s for others to copy along with it.
         config = {"repl-diskless-sync-delay": "0", **config}
+        following = {**config, "replicaof": f"{HOST} {master_port}"}
         self.master = RedisServer(directory / "master", master_port, config=config)
-        self.replica = RedisServer(
-            directory / "replica", replica_port, config={**config, "replicaof": f"{HOST} {master_port}"}
+        self.replicas = tuple(
+            RedisServer(directory / ("replica" if index == 0 else f"replica-{index + 1}"), port, config=following)
+            for index, port in enumerate((replica_port, *more_replica_ports))
         )
-        self.sentinel = SentinelServer(directory / "sentinel", sentinel_port, master_port=master_port)
-        self.servers = (self.master, self.replica, self.sentinel)
+        ports = (sentinel_port, *more_sentinel_ports)
+        credentials = {"auth-user": config.get("masteruser", ""), "auth-pass": config.get("masterauth", "")}
+        self.sentinels = tuple(
+            SentinelServer(
+                directory / ("sentinel" if index == 0 else f"sentinel-{index + 1}"),
+                port,
+                master_port=master_port,
+                quorum=len(ports) // 2 + 1,
+                config={name: value for name, value in credentials.items() if value},
+            )
+            for index, port in enumerate(ports)
+        )
+        self.servers = (self.master, *self.replicas, *self.sentinels)
+
+    @property
+    def replica(self) -> RedisServer:
+        """The first replica."""
+        return self.replicas[0]
+
+    @property
+    def sentinel(self) -> SentinelServer:
+        """The first Sentinel."""
+        return self.sentinels[0]
 
     @property
     def url(self) -> str:
-        return self.sentinel.url
+        credentials = f":{self.master.password}@" if self.master.password else ""
+        hosts = ",".join(f"{HOST}:{sentinel.port}" for sentinel in self.sentinels)
+        return f"redis+sentinel://{credentials}{hosts}/{SENTINEL_NAME}/0"
 
     def _start_in_order(self) -> None:
-        self.master.start()
-        self.replica.start()
-        # Sentinel asks a master for its replicas every 10 s only: the replica has to be there when it asks first.
-        if not wait_until(self._replica_follows, START_LIMIT_S):
-            raise ServerError(f"the replica on port {self.replica.port} does not follow its master; see {self.replica.log}")
-        self.sentinel.start()
-        if not wait_until(self._sentinel_knows_both, START_LIMIT_S):
-            raise ServerError(f"the Sentinel does not see master and replica; see {self.sentinel.log}")
+        stores = (self.master, *self.replicas)
+        for server in stores:
+            server.start()
+        # Sentinel asks a master for its replicas every 10 s only: the replicas have to be there when it asks first.
+        if not wait_until(lambda: all(server.follows() for server in stores), START_LIMIT_S):
+            raise ServerError(f"a replica of the master on port {self.master.port} does not follow it; see its log")
+        for sentinel in self.sentinels:
+            sentinel.start()
+        if not wait_until(self._sentinels_know_all, START_LIMIT_S):
+            raise ServerError(f"a Sentinel does not see the master and all others; see {self.sentinel.log}")
 
-    def _replica_follows(self) -> bool:
-        facts = _facts(self.replica.port, "INFO", "replication")
-        return facts.get("role") == "master" or facts.get("master_link_status") == "up"  # a failover made it master
+    def _sentinels_know_all(self) -> bool:
+        return all(sentinel.sees(len(self.replicas), len(self.sentinels) - 1) for sentinel in self.sentinels)
 
-    def _sentinel_knows_both(self) -> bool:
-        replicas = _ask(self.sentinel.port, "SENTINEL", "REPLICAS", SENTINEL_NAME)
-        return isinstance(replicas, list) and any(_fields(replica).get("master-link-status") == "ok" for replica in replicas)
+
+def _obeys(server: RedisServer, *words: str) -> bool:
+    """Whether the server carries a command out now."""
+    try:
+        server.ask(*words)
+    except ServerError:
+        return False
+    return True
 
 
 def _quoted(value: str) -> str:
@@ -253,17 +357,23 @@ def _quoted(value: str) -> str:
 # (https://redis.io/docs/latest/develop/reference/protocol-spec/).
 # A client library would retry and pool behind our back, where the point is to see what one server says right now.
 
-Reply: TypeAlias = "str | int | list[Reply] | None"
 
-
-def _ask(port: int, *words: str) -> Reply:
+def _ask(port: int, *words: str, password: str = "") -> Reply:
     """One command, one reply. An error reply, and no reply at all, raise ServerError."""
     try:
         with socket.create_connection((HOST, port), timeout=2) as link, link.makefile("rb") as stream:
-            link.sendall(" ".join(words).encode() + b"\r\n")
+            if password:
+                link.sendall(_command_of("AUTH", password))
+                _read_reply(stream)
+            link.sendall(_command_of(*words))
             return _read_reply(stream)
     except OSError as error:
         raise ServerError(f"no answer on port {port} to {' '.join(words)}: {error}") from error
+
+
+def _command_of(*words: str) -> bytes:
+    parts = [f"${len(word.encode())}\r\n{word}\r\n" for word in words]
+    return f"*{len(words)}\r\n{''.join(parts)}".encode()
 
 
 def _read_reply(stream: IO[bytes]) -> Reply:
@@ -281,16 +391,6 @@ def _read_reply(stream: IO[bytes]) -> Reply:
         case b"-":
             raise ServerError(rest)
     raise ConnectionError("the connection ended" if not line else f"not the protocol of Redis: {line[:40]!r}")
-
-
-def _facts(port: int, *words: str) -> dict[str, str]:
-    """The `name:value` lines of an INFO command; empty when the server does not answer."""
-    try:
-        text = _ask(port, *words)
-    except ServerError:
-        return {}
-    pairs = (line.partition(":") for line in str(text).splitlines() if not line.startswith("#"))
-    return {name: value for name, _, value in pairs}
 
 
 def _fields(reply: Reply) -> dict[str, str]:
