@@ -1,4 +1,4 @@
-"""What is said at the start of a master that its replicas protect too little. What they promise: tests/faults/test_replicas."""
+"""What a process says at its start of a master whose replicas protect too little; else see tests/faults/test_replicas.py."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
