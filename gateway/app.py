@@ -207,6 +207,7 @@ class Pod:
                 stores.postgres.migrated_to,
                 lambda: self.draining,
                 stores.outbox,
+                stores.epochs,
                 stores.scripts,
                 self.metrics,
             ),

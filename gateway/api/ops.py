@@ -14,6 +14,7 @@ from gateway.api.answers import answer
 from gateway.api.endpoint import Endpoint
 from gateway.metrics import Metrics
 from persistence.errors import PersistenceError
+from persistence.redis.epochs import Epochs
 from persistence.redis.outbox import Outbox
 from persistence.redis.scripts import Scripts
 
@@ -44,6 +45,7 @@ class OpsApi:
         check_postgres: Callable[[], Awaitable[Any]],
         is_draining: Callable[[], bool],
         outbox: Outbox,
+        epochs: Epochs,
         scripts: Scripts,
         metrics: Metrics,
     ) -> None:
@@ -51,6 +53,7 @@ class OpsApi:
         self._check_postgres = check_postgres
         self._is_draining = is_draining
         self._outbox = outbox
+        self._epochs = epochs
         self._scripts = scripts
         self._metrics = metrics
 
@@ -72,6 +75,7 @@ class OpsApi:
         self._metrics.outbox_bytes.set(backlog.bytes)
         self._metrics.outbox_lag_seconds.set(backlog.lag_ms / 1000)
         self._metrics.dead_letters.set(backlog.dead)
+        self._metrics.show_epochs(await self._epochs.read_all(self._scripts))
         self._metrics.foreign_replies.set(self._scripts.foreign_replies)
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

@@ -8,8 +8,10 @@ compared with Postgres at its next use. Nothing is asked of Postgres for that wh
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from persistence.errors import RedisUnavailable
 from persistence.redis.keys import Keys
 from persistence.redis.pool import Argument
+from persistence.tasks import gather_bounded
 
 FENCE_JUMP = 1_000_000
 """Fences that a new epoch leaves out: more than a lost master can have given since its last write that is left."""
@@ -94,6 +96,18 @@ class Epochs:
         numbers = (int(text) if text.isdigit() else 0 for text in (epoch, *counts))
         number, lost, vouched, stored_behind, erased_again = numbers
         return Epoch(partition, number, server, settled_at, lost, vouched, stored_behind, erased_again)
+
+    async def read_all(self, scripts: Reads) -> list[Epoch]:
+        """What Redis knows of the epochs of all partitions, without those whose server does not answer."""
+
+        async def find(partition: int) -> Epoch | None:
+            try:
+                return await self.read(scripts, partition)
+            except RedisUnavailable:
+                return None
+
+        found = await gather_bounded(find(partition) for partition in range(self._keys.partitions))
+        return [one for one in found if one is not None]
 
     async def end(self, scripts: Reads, held: Epoch, after: int) -> int:
         """Ends the epoch of a partition whose server is the same, if it is not above `after`; the epoch that it has then."""

@@ -114,7 +114,7 @@ class Server:
         self._introduce = introduce
         self._stale = stale
         self.idle: list[AbstractConnection] = []
-        self._held: list[AbstractConnection] = []
+        self.held: list[AbstractConnection] = []
         self._known: set[AbstractConnection] = set()
 
     async def exchange(self, packed: bytes, count: int) -> list[Any]:
@@ -144,7 +144,7 @@ class Server:
 
     async def _new(self) -> AbstractConnection:
         connection = await self._take()
-        self._held.append(connection)
+        self.held.append(connection)
         return connection
 
     async def _meet(self, connection: AbstractConnection) -> None:
@@ -168,10 +168,14 @@ class Server:
     async def check(self, *, anew: bool) -> None:
         """Asks the server who it is now."""
         if anew:
-            self._known.clear()
+            self.doubt()
         elif self.idle:
             self._known.discard(self.idle[-1])
         await self.exchange(pack([("PING",)]), 1)
+
+    def doubt(self) -> None:
+        """Has every connection ask who its server is before its next call."""
+        self._known.clear()
 
     async def _close(self, connection: AbstractConnection) -> None:
         self._known.discard(connection)
@@ -179,7 +183,7 @@ class Server:
 
     async def drop(self) -> None:
         """Closes every connection, in use or idle."""
-        for connection in self._held:
+        for connection in self.held:
             await self._close(connection)
 
 
@@ -244,9 +248,14 @@ class HeldPool(_BoundedPool):
         self._leave = leave
         self._master: Address | None = None
         self._leaving: asyncio.Future[None] | None = None
+        self._replid = ""
         self.server = Server(self._take, self._meet, self._is_stale)
 
     async def _meet(self, replid: str, execute: Execute) -> None:
+        if self._replid not in ("", replid):
+            log.warning("redis.server_changed")
+            await self._doubt()
+        self._replid = replid
         master = self._master_address
         if self._master is not None and self._master != master:
             # A task of its own, which outlasts the call that finds the new master first.
@@ -262,6 +271,14 @@ class HeldPool(_BoundedPool):
         """The master that Sentinel has named last."""
         address = getattr(self._pool, "master_address", None)
         return None if address is None else (str(address[0]), int(address[1]))
+
+    async def _doubt(self) -> None:
+        """Has the other connections ask who their server is, for the name may have led elsewhere when they were made; those
+        that are not held here, as subscriptions, cannot be asked and are closed."""
+        self.server.doubt()
+        others = self._pool._in_use_connections.difference(self.server.held)
+        await self._pool.disconnect(inuse_connections=False)
+        await asyncio.gather(*(connection.disconnect(nowait=True) for connection in others), return_exceptions=True)
 
     async def _take(self) -> AbstractConnection:
         connection: AbstractConnection = await self._pool.get_connection()  # type: ignore[no-untyped-call]

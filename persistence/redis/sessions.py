@@ -260,8 +260,12 @@ class SessionStore:
                 )
             case ["absent", ticket, held]:
                 return Absent(ticket, held.decode())
-            case _:
-                return Refused(reply[0])
+            case [reason]:
+                if reason == "erased":
+                    # Who is told so takes it for done, and does not ask for the erasure again.
+                    await self._scripts.confirm(self._keys.session(session_id))
+                return Refused(reason)
+        raise Damaged(f"session {masked(session_id)}", "reply", f"of read is {reply[0]}")
 
     async def hydrate(self, snapshot: Snapshot, ticket: int, hot_ttl_s: int) -> bool:
         """Installs a session that was read from Postgres, also in place of one of an older epoch that Postgres has all of;
@@ -356,7 +360,10 @@ class SessionStore:
                 "forgotten": forgotten,
             }
             logs = [self._keys.events(session_id, turn_id) for turn_id in logged.split()]
-            reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments, durable=True)
+            reply = await self._scripts.run("erase", session_id, [*keys, *logs], arguments)
+            if reply[0] == "erased":
+                # Not in the call itself: one that only asks for the logs would wait as well, and fail before it has erased.
+                await self._scripts.confirm(keys[0])
             if reply[0] != "logs":
                 return reply
             logged = reply[1].decode()

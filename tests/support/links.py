@@ -61,6 +61,10 @@ class Link:
         port = self._server.sockets[0].getsockname()[1]
         return parts._replace(netloc=f"{credentials}{at}{HOST}:{port}").geturl()
 
+    def lead_to(self, url: str) -> None:
+        """Leads new connections to another server, as a name does that moves; those that are open stay where they are."""
+        self._target = url
+
     def freeze(self) -> None:
         self._flowing.clear()
 

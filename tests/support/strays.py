@@ -74,7 +74,7 @@ async def _leave_on(node: ClusterNode, command: tuple[str | int, ...], scripts: 
 
 def _next_one(server: Server, connection: AbstractConnection) -> None:
     """Has the next call use this connection, which has been introduced."""
-    server._held.append(connection)
+    server.held.append(connection)
     server._known.add(connection)
     server.idle.append(connection)
 
