@@ -161,7 +161,9 @@ class Ledger:
     async def _sync(self, buckets: Mapping[str, Bucket], usages: Mapping[str, AgentUsage]) -> None:
         turns, days = _take_pending(buckets, usages)
         sent: dict[str, LimitUpdate] = {
-            key: RateUpdate(turns[key], bucket.interval_s * 1000) for key, bucket in buckets.items()
+            # Twice its window: pods that charge between two syncs may go a little beyond it.
+            key: RateUpdate(turns[key], bucket.interval_s * 1000, 2 * bucket.per_s * 1000)
+            for key, bucket in buckets.items()
         }
         for agent_id, usage in usages.items():
             sent[f"running:{agent_id}"] = RunningUpdate(self._pod, usage.running, RUNNING_LIFE_MS)

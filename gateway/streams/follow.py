@@ -156,9 +156,10 @@ class Follower:
         merge(turn_log, found)
         if found.lease_left_ms is None:
             return poll_s
-        if found.lease_left_ms <= 0:
+        if not 0 < found.lease_left_ms <= self._store.lease_ms:
+            # Over, or longer than any lease: the clock was set back, and reaping shortens it.
             await self._store.reap(session_id)
-            return 0
+            return 0 if found.lease_left_ms <= 0 else poll_s
         return min(poll_s, found.lease_left_ms / 1000 + LEASE_MARGIN_S)
 
 

@@ -24,7 +24,8 @@ local session_key, outbox_key, bytes_key, fence_key, running_key, ticket_key, ep
   KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 
 local session = pick(session_key, {'format', 'session_id', 'agent_id', 'website_domain', 'user_id', 'minted', 'status', 'turns',
-  'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting', 'rate_tat_ms', 'epoch', 'id'})
+  'first_hot', 'hot_ttl_s', 'turn', 'turn_fence', 'turn_lease_until', 'turn_message_id', 'waiting', 'rate_tat_ms',
+  'epoch', 'id', 'lease_ms'})
 if not session.format and redis.call('EXISTS', session_key) == 0 then return absent(epoch_key, fence_key, ticket_key) end
 local broken = misplaced(session)
 for _, name in ipairs({'agent_id', 'website_domain', 'user_id', 'status', 'turn_message_id', 'waiting'}) do
@@ -65,23 +66,23 @@ for turn_id, until_ms in string.gmatch(session.waiting, '([^@ ]+)@(%d+)') do
     waiting[#waiting + 1] = turn_id .. '@' .. string.format('%d', now + args.waiter_ms)
     position = #waiting
   elseif tonumber(until_ms) > now then
-    waiting[#waiting + 1] = turn_id .. '@' .. until_ms
+    waiting[#waiting + 1] = turn_id .. '@' .. string.format('%d', math.min(until_ms, now + args.waiter_ms))
   end
 end
 
-local lease_until = session.turn ~= '' and from_iso(session.turn_lease_until) or 0
-local busy = lease_until > now
+local left_ms = lease_left(session_key, running_key, session, now)
+local busy = left_ms > 0
 local message = args.message_id ~= '' and args.message_id .. ' ' .. args.digest or ''
 if busy and message ~= '' and string.match(session.turn_message_id, '^%S*') == args.message_id then
   if session.turn_message_id ~= message then return reply('reused') end
-  return reply('busy', lease_until - now, 1, session.turn)
+  return reply('busy', left_ms, 1, session.turn)
 end
 -- A new turn is refused before it interrupts another or waits for it in vain.
 if backlog_full(outbox_key, bytes_key) then return reply('backlog_full') end
 -- An interrupting turn gets the id of the running one: it cancels that first, which ends its log.
-if busy and args.if_busy == 'interrupt' then return reply('busy', lease_until - now, 0, session.turn) end
+if busy and args.if_busy == 'interrupt' then return reply('busy', left_ms, 0, session.turn) end
 if args.if_busy ~= 'interrupt' and (busy or (#waiting > 0 and position ~= 1)) then
-  if args.if_busy == 'reject' then return reply('busy', math.max(lease_until - now, 0), 0, session.turn) end
+  if args.if_busy == 'reject' then return reply('busy', math.max(left_ms, 0), 0, session.turn) end
   if not position then
     if #waiting >= tonumber(args.max_waiting) then return reply('queue_full') end
     waiting[#waiting + 1] = args.turn_id .. '@' .. string.format('%d', now + args.waiter_ms)
@@ -94,7 +95,9 @@ end
 -- Generic cell rate algorithm (ITU-T I.371): one timestamp a session, a burst of the whole limit.
 local rate_tat_ms, rate_ahead_ms = session.rate_tat_ms, 0
 if tonumber(args.rate_messages) > 0 then
-  local tat = math.max(tonumber(rate_tat_ms) or 0, now) + args.rate_ms / args.rate_messages
+  -- The whole window is the most that it can be charged ahead, unless the clock was set back since.
+  local charged_until = math.min(tonumber(rate_tat_ms) or 0, now + args.rate_ms)
+  local tat = math.max(charged_until, now) + args.rate_ms / args.rate_messages
   local wait = tat - args.rate_ms - now
   rate_ahead_ms = tat - now
   if wait <= 0 then
@@ -117,7 +120,7 @@ local changes = {
   'rate_tat_ms', rate_tat_ms,
 }
 -- These seldom change, and each field written costs Redis and its append-only file.
-for name, value in pairs({waiting = table.concat(waiting, ' '), hot_ttl_s = args.hot_ttl_s}) do
+for name, value in pairs({waiting = table.concat(waiting, ' '), hot_ttl_s = args.hot_ttl_s, lease_ms = args.lease_ms}) do
   if session[name] ~= value then
     changes[#changes + 1] = name
     changes[#changes + 1] = value

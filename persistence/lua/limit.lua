@@ -4,7 +4,9 @@
 --
 -- KEYS any number of limits: 1 ... string (rate, day) or hash (running)
 -- ARGV session_id ('' : no session), nonce, ... (for each key one of the following
---        rate <cost> <interval_ms>         turns, negative for a refund, and the time that one costs
+--        rate <cost> <interval_ms> <most_ms>
+--                                          turns, negative for a refund, the time that one costs, and how far ahead the
+--                                          bucket can have been charged
 --        day <cost>                        turns of this UTC day, negative for a refund
 --        running <pod> <count> <life_ms>   turns that run on this pod, and how long that counts)
 -- replies (session_id and nonce follow the word)
@@ -17,9 +19,10 @@ for i = 1, #KEYS do limit_keys[i] = KEYS[i] end
 local counts = {unpack(ARGV, 3)}
 local now = now_ms()
 
-local function rate(limit_key, cost, interval_ms)
+local function rate(limit_key, cost, interval_ms, most_ms)
   local charged_until = tonumber(redis.call('GET', limit_key) or 0) or 0
-  local ahead = math.max(math.max(charged_until - now, 0) + cost * interval_ms, 0)
+  -- No limit is charged that far ahead, unless the clock was set back since.
+  local ahead = math.max(math.min(math.max(charged_until - now, 0), most_ms) + cost * interval_ms, 0)
   if ahead == 0 then
     redis.call('DEL', limit_key)
   else
@@ -48,7 +51,7 @@ local function running(limit_key, pod, count, life_ms)
   local flat = redis.call('HGETALL', limit_key)
   for i = 1, #flat, 2 do
     local turns, until_ms = string.match(flat[i + 1], '^(%d+)@(%d+)$')
-    if not turns or tonumber(until_ms) <= now then
+    if not turns or tonumber(until_ms) <= now or tonumber(until_ms) > now + life_ms then
       redis.call('HDEL', limit_key, flat[i])
     elseif flat[i] ~= pod then
       others = others + turns
@@ -63,7 +66,7 @@ for i, limit_key in ipairs(limit_keys) do
   local words = {}
   for word in string.gmatch(counts[i], '%S+') do words[#words + 1] = word end
   if words[1] == 'rate' then
-    synced[#synced + 1] = rate(limit_key, tonumber(words[2]), tonumber(words[3]))
+    synced[#synced + 1] = rate(limit_key, tonumber(words[2]), tonumber(words[3]), tonumber(words[4]))
   elseif words[1] == 'day' then
     synced[#synced + 1] = day(limit_key, tonumber(words[2]))
   else

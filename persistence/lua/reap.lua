@@ -14,7 +14,7 @@ if not session or misplaced(session) or session.turn == '' then
   return reply('kept')
 end
 local turn_id = session.turn
-if from_iso(session.turn_lease_until) > now_ms() then return reply('kept') end
+if lease_left(session_key, running_key, session, now_ms()) > 0 then return reply('kept') end
 give_up(session_key, running_key, session)
 redis.call('PUBLISH', args.channel, turn_id)
 return reply('reaped', turn_id)

@@ -196,6 +196,7 @@ STATE = (
     Field("turn", TEXT, "the id of the running turn; empty when idle, like the next three", initial=""),
     Field("turn_fence", TEXT, "the running turn's fence", initial=""),
     Field("turn_lease_until", TEXT, "the end of the running turn's lease", initial=""),
+    Field("lease_ms", WHOLE, "how long the lease of its last turn was given for", default="0"),
     Field("turn_message_id", TEXT, "the running turn's message_id and digest, separated by a space", initial=""),
     Field("waiting", TEXT, "the waiting turns in their order, as `turn_id@dropped_at_ms`, separated by spaces", initial=""),
     Field("rate_tat_ms", TEXT, "up to when its rate limit is charged", initial=""),

@@ -381,7 +381,10 @@ class SessionStore:
     async def reap(self, session_id: str) -> str | None:
         """Gives up a turn whose lease has expired; its turn_id, or None."""
         reply = await self._scripts.run(
-            "reap", session_id, self._key(session_id, "running"), {"channel": self._keys.channel(session_id)}
+            "reap",
+            session_id,
+            self._key(session_id, "running"),
+            {"channel": self._keys.channel(session_id)},
         )
         return reply[1].decode() if reply[0] == "reaped" else None
 

@@ -18,13 +18,15 @@ BATCH = 500
 
 
 class RateUpdate(NamedTuple):
-    """Turns charged since the last sync (negative: refunded); each takes `interval_ms` of the rate."""
+    """Turns charged since the last sync (negative: refunded); each takes `interval_ms` of the rate. Nobody can have charged
+    the bucket for longer than `most_ms` ahead."""
 
     turns: int
     interval_ms: float
+    most_ms: float = 86_400_000
 
     def words(self) -> str:
-        return f"rate {self.turns} {self.interval_ms:.6f}"
+        return f"rate {self.turns} {self.interval_ms:.6f} {self.most_ms:.0f}"
 
 
 class DayUpdate(NamedTuple):

@@ -5,6 +5,7 @@ local function set_expiry(key, unflushed, turn, hot_ttl_s, last_activity_ms, now
     redis.call('PERSIST', key)
     return
   end
-  local left = hot_ttl_s * 1000 - (now - last_activity_ms)
+  -- After a clock was set back the last activity may lie ahead of it.
+  local left = hot_ttl_s * 1000 - math.max(now - last_activity_ms, 0)
   redis.call('PEXPIRE', key, string.format('%d', math.max(left, 1000)))
 end

@@ -92,4 +92,4 @@ def test_every_library_file_has_a_header() -> None:
 def test_a_default_of_any_text_is_a_string_of_lua() -> None:
     field = Field("mood", TEXT, "a test", default="it's \\ \n Grüße")
     table = field_tables(SessionFields(HEADER, (*STATE, field), Session))["DEFAULTS"]
-    assert table == "local DEFAULTS = {epoch = '0', mood = 'it\\039s \\092 \\010 Gr\\195\\188\\195\\159e'}\n"
+    assert table == "local DEFAULTS = {lease_ms = '0', epoch = '0', mood = 'it\\039s \\092 \\010 Gr\\195\\188\\195\\159e'}\n"

@@ -16,7 +16,7 @@ from persistence.errors import CommandRefused, Damaged
 from persistence.model.agents import Agent, AgentDefinition, TurnPolicy
 from persistence.model.fields import SESSION_FIELDS
 from persistence.model.session import Access, Session, Snapshot
-from persistence.model.times import iso
+from persistence.model.times import iso, ms_of
 from persistence.redis import keys
 from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.connection import Client
@@ -1311,3 +1311,32 @@ async def test_a_turn_id_is_used_once(layer: Layer) -> None:
     assert (await layer.read(session_id)).turns[0].id == turn_id
     other, _ = await layer.begin(session_id, str(uuid7()))
     assert other.fence > begun.fence
+
+
+# ---------------------------------------------------------------------------------------------------- a clock set back
+
+
+async def test_a_lease_and_a_limit_in_the_future_are_shortened(layer: Layer) -> None:
+    """The clock of Redis was set back by ten minutes: nobody waits for it to catch up."""
+    policy = TurnPolicy(hot_turns=5, hot_ttl_s=60, rate_messages=2, rate_per_s=10, if_busy="reject")
+    session_id = (await layer.open()).session_id
+    await layer.begin(session_id, policy=policy)
+    later = await layer.redis_ms() + 600_000
+    await layer.set(session_id, turn_lease_until=iso(later), rate_tat_ms=later)
+    busy = await layer.sessions.begin(session_id, "another", ACCESS, policy)
+    assert isinstance(busy, Busy)
+    assert busy.lease_left_ms <= layer.sessions.lease_ms
+    left_ms = ms_of((await layer.fields(session_id))["turn_lease_until"]) - await layer.redis_ms()
+    assert left_ms <= layer.sessions.lease_ms
+    await layer.set(session_id, turn_lease_until=iso(0))
+    limited = await layer.sessions.begin(session_id, "another", ACCESS, policy)
+    assert isinstance(limited, Refused)
+    assert limited.retry_after_ms <= 5_000
+
+
+async def test_a_shared_limit_in_the_future_is_shortened(layer: Layer) -> None:
+    limits = SharedLimits(layer.scripts, layer.keys)
+    later = await layer.redis_ms() + 600_000
+    await layer.client.execute_command("SET", layer.keys.limit("bucket"), later, "PX", 600_000)
+    learned, _ = await limits.sync({"bucket": RateUpdate(1, 1000, 20_000)})
+    assert learned["bucket"].value <= 21_000
