@@ -14,7 +14,7 @@ import pytest
 
 from gateway.app import Stores
 from gateway.settings import Settings
-from persistence import worker as worker_module
+from persistence import flusher as flusher_module
 from persistence.errors import UnsuitableRedis
 from persistence.model.agents import AgentDefinition, decode_definition
 from persistence.model.codec import decode_record
@@ -220,7 +220,7 @@ async def test_without_that_it_would_be_a_dead_letter(
     class Unknown(Exception):
         pass
 
-    monkeypatch.setattr(worker_module, "NewerFormat", Unknown)
+    monkeypatch.setattr(flusher_module, "NewerFormat", Unknown)
     assert await worker.drain(10)
     (letter,) = await stores.outbox.dead_letters()
     assert "format" in letter.reason
