@@ -34,7 +34,7 @@ from redis.exceptions import TimeoutError as TimedOut
 
 from persistence.redis.connection import BACKOFF, CONNECT_TIMEOUT_S, REPLY_TIMEOUT_S, RETRIES, Client, call, translated
 from persistence.retry import Attempts
-from persistence.tasks import retrieve
+from persistence.tasks import gather_bounded, retrieve
 
 log = structlog.get_logger()
 
@@ -263,7 +263,7 @@ class HeldPool(_BoundedPool):
             self._leaving.add_done_callback(retrieve)
         self._master = master
         if self._leaving is not None:
-            await asyncio.shield(self._leaving)
+            await asyncio.wait({self._leaving})
         await self._introduce(replid, execute)
 
     @property
@@ -400,12 +400,11 @@ class ClusterPool(_BoundedPool):
             await server.drop()
 
     async def check(self, *, anew: bool = False) -> None:
+        # The map of slots is not asked for: that closes every connection. Who has lost a slot says so.
         async def check() -> None:
-            await self._refresh()
-            for _, server in list(self._servers.values()):
-                await server.check(anew=anew)
+            await gather_bounded(server.check(anew=anew) for _, server in list(self._servers.values()))
 
-        await call(check, REPLY_TIMEOUT_S * 2)
+        await call(check, REPLY_TIMEOUT_S)
 
     async def switched(self) -> None:
         await asyncio.Event().wait()

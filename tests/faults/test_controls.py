@@ -28,16 +28,17 @@ class Edit:
 
 
 LATE = Edit(
-    "persistence/worker.py",
+    "persistence/flusher.py",
     "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
     "            await asyncio.sleep(3)\n"
     "            async with self._postgres.transaction(FLUSH_TIMEOUT_S) as transaction:\n",
 )
 """More time between a record and Postgres."""
+ASLEEP = Edit("persistence/flusher.py", "from math import ceil\n", "import asyncio\nfrom math import ceil\n")
 SLOW = Edit(
-    "persistence/worker.py",
-    "        await self._outbox.mark_flushed(partition, records)\n",
-    "        await asyncio.sleep(0.7)\n        await self._outbox.mark_flushed(partition, records)\n",
+    "persistence/flusher.py",
+    "        await self._outbox.mark_flushed(partition, records, epoch)\n",
+    "        await asyncio.sleep(0.7)\n        await self._outbox.mark_flushed(partition, records, epoch)\n",
 )
 """More time between what Postgres has committed and what Redis knows of it."""
 UNSENT = Edit(
@@ -69,6 +70,19 @@ class Control:
 FORGOTTEN = {"lost", "doubled", "out_of_order", "left_over", "unexpected"}
 """What shows when nobody compares a Redis that has forgotten with Postgres."""
 
+UNNOTICED = Edit(
+    "persistence/lua/settle.lua",
+    "local over = epoch == 0 or server ~= args.server or ",
+    "local over = epoch == 0 or ",
+)
+"""A server that was started again, or promoted, is taken for the one before."""
+UNRESCUED = Edit(
+    "persistence/rescue.py",
+    "                while monotonic() - began_at < LAST_S:\n",
+    "                while False:\n",
+)
+"""The records of a former master are left where they are."""
+
 CONTROLS = {
     "the answer is given before its record is on the outbox": Control(
         [
@@ -86,12 +100,13 @@ CONTROLS = {
     "a record is acknowledged before it is in Postgres": Control(
         [
             Edit(
-                "persistence/worker.py",
+                "persistence/flusher.py",
                 "        if not records:\n            return 0, 0\n",
                 "        if not records:\n            return 0, 0\n"
-                "        await self._outbox.mark_flushed(partition, records)\n",
+                "        await self._outbox.mark_flushed(partition, records, epoch)\n",
             ),
             LATE,
+            ASLEEP,
         ],
         ("worker-killed",),
         {"lost"},
@@ -108,6 +123,7 @@ CONTROLS = {
             Edit("persistence/migrations/0001_tables.sql", "CREATE UNIQUE INDEX idx_messages", "CREATE INDEX idx_messages"),
             Edit("persistence/sql/flush.sql", "    ON CONFLICT (id) DO NOTHING\n", ""),
             SLOW,
+            ASLEEP,
         ],
         ("worker-killed",),
         {"doubled"},
@@ -145,7 +161,7 @@ CONTROLS = {
         {"foreign"},
     ),
     "Redis may evict anything": Control(
-        [Edit("persistence/redis/server_check.py", 'if policy.startswith("allkeys"):', "if False:"), LATE],
+        [Edit("persistence/redis/server_check.py", 'if policy.startswith("allkeys"):', "if False:"), LATE, ASLEEP],
         ("redis-full-evicting",),
         {"lost", "out_of_order", "left_over"},
         eviction="allkeys-lru",
@@ -170,6 +186,7 @@ CONTROLS = {
                 "redis.call('ZREM', running_key, args.session_id)\nredis.call('PEXPIRE', session_key, 1000)\n",
             ),
             LATE,
+            ASLEEP,
         ],
         ("expiry-of-a-second",),
         {"out_of_order", "left_over", "lost"},
@@ -199,9 +216,35 @@ CONTROLS = {
         ("field-damaged",),
         {"out_of_order"},
     ),
-    # Without an edit: there is no guard yet that could be taken out.
-    "Redis has forgotten what Postgres knows": Control([], ("rollback",), FORGOTTEN, seconds=20),
-    "a demoted master is written to": Control([], ("failover-planned",), FORGOTTEN, seconds=30, topology="sentinel"),
+    "Redis has forgotten what Postgres knows, and nobody looks": Control([UNNOTICED], ("rollback",), FORGOTTEN, seconds=20),
+    "a turn whose place another has dies": Control(
+        [UNNOTICED, Edit("persistence/repair.py", '("idx_messages_session", "idx_sessions_session_id")', "()")],
+        ("rollback",),
+        {"lost", "left_over"},
+        seconds=20,
+    ),
+    "a demoted master is written to": Control(
+        [
+            Edit("persistence/watch.py", "        await self._scripts.check_servers()\n", ""),
+            Edit("persistence/redis/pool.py", "return master is not None and (getattr(", "return False and (getattr("),
+            UNRESCUED,
+        ],
+        ("failover-planned",),
+        FORGOTTEN,
+        seconds=30,
+        topology="sentinel",
+    ),
+    "what a former master answered is left with it": Control(
+        [UNRESCUED], ("failover-planned",), FORGOTTEN, seconds=40, topology="sentinel"
+    ),
+    "a turn is answered before a replica has it": Control(
+        [Edit("persistence/redis/scripts.py", "if durable and self._replicas:", "if False:")],
+        ("replicas-cut-off",),
+        {"lost"},
+        seconds=40,
+        topology="sentinel",
+        replicas=1,
+    ),
 }
 
 

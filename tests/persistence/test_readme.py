@@ -26,7 +26,7 @@ async def test_every_command_shows_what_it_says(layer: Layer) -> None:
     begun, turn_id = await layer.begin(session_id)
     await layer.outbox.take(0, 10)
     commands = [shlex.split(line, comments=True)[1:] for line in README.splitlines() if line.startswith("    redis-cli")]
-    assert len(commands) == 9
+    assert len(commands) == 10
     for command in commands:
         words = [word.replace("session_1234567890_abc123xyz", session_id) for word in command]
         if "<turn_id>" in words[1] or words[1].endswith(":dead"):
