@@ -21,10 +21,11 @@ def find_faketime() -> Path | None:
 
 
 class ChaosServer(RedisServer):
-    """Its time is that of the machine, plus `clock_s` seconds."""
+    """With an `own_clock` its time is that of the machine plus `clock_s` seconds."""
 
-    def __init__(self, directory: Path, port: int, *, config: Mapping[str, str] = NOTHING) -> None:
+    def __init__(self, directory: Path, port: int, *, own_clock: bool = False, config: Mapping[str, str] = NOTHING) -> None:
         super().__init__(directory, port, config=config)
+        self._own_clock = own_clock
         self._clock = directory / "clock"
         self._clock_s = 0
 
@@ -65,7 +66,7 @@ class ChaosServer(RedisServer):
         return ["/bin/sh", "-c", 'trap "" XFSZ; exec "$@"', "sh", *super()._command()]
 
     def _environment(self) -> dict[str, str]:
-        library = find_faketime()
+        library = find_faketime() if self._own_clock else None
         if library is None:
             return super()._environment()
         self.clock_s = self._clock_s

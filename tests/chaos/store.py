@@ -71,7 +71,8 @@ class Store:
         if options.min_replicas:
             config |= {"min-replicas-to-write": "1", "min-replicas-max-lag": MAX_LAG_S}
         if self.topology == "single":
-            server = ChaosServer(directory / "redis", free_port(), config=config)
+            own_clock = not options.faults or "clock-set-back" in options.faults
+            server = ChaosServer(directory / "redis", free_port(), own_clock=own_clock, config=config)
             self.servers: tuple[RedisServer, ...] = (server,)
             self.group: RedisServer | servers.RedisSentinel | servers.RedisCluster = server
         elif self.topology == "sentinel":
