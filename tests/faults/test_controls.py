@@ -228,6 +228,8 @@ CONTROLS = {
             Edit("persistence/watch.py", "        await self._scripts.check_servers()\n", ""),
             Edit("persistence/redis/pool.py", "return master is not None and (getattr(", "return False and (getattr("),
             UNRESCUED,
+            LATE,
+            ASLEEP,
         ],
         ("failover-planned",),
         FORGOTTEN,
@@ -235,10 +237,10 @@ CONTROLS = {
         topology="sentinel",
     ),
     "what a former master answered is left with it": Control(
-        [UNRESCUED], ("failover-planned",), FORGOTTEN, seconds=40, topology="sentinel"
+        [UNRESCUED, LATE, ASLEEP], ("failover-planned",), FORGOTTEN, seconds=40, topology="sentinel"
     ),
     "a turn is answered before a replica has it": Control(
-        [Edit("persistence/redis/scripts.py", "if durable and self._replicas:", "if False:")],
+        [Edit("persistence/redis/scripts.py", "if durable and self._replicas:", "if False:"), LATE, ASLEEP],
         ("replicas-cut-off",),
         {"lost"},
         seconds=40,
@@ -294,7 +296,7 @@ async def test_without_its_guard_the_chaos_is_red(name: str, tmp_path: Path) -> 
 async def test_with_every_guard_what_only_makes_moments_longer_breaks_nothing(tmp_path: Path) -> None:
     slowed = [control for control in CONTROLS.values() if {LATE, SLOW, UNSENT} & set(control.edits)]
     faults = tuple(dict.fromkeys([*(fault for control in slowed for fault in control.faults), "replies-misplaced"]))
-    control = Control([LATE, SLOW, UNSENT], faults, set(), seconds=0, once=True)
+    control = Control([LATE, SLOW, ASLEEP, UNSENT], faults, set(), seconds=0, once=True)
     outcome = await run(options(control, tree(tmp_path / "source", control.edits)))
     assert {window.names[0] for window in outcome.windows} == set(faults)
     assert not outcome.verdict.breaches(), report(outcome)
