@@ -10,17 +10,20 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 import msgspec
+import structlog
 from uuid_utils import uuid7
 
 from gateway.access.audit import Operator, audited, changed
 from gateway.access.domains import check_allowed_domains
 from gateway.access.tokens import fingerprint
 from gateway.problems import AgentNotFound, InvalidField, NameTaken, invalid_field
-from persistence.errors import DataRefused, PostgresUnavailable
+from persistence.errors import DataRefused, PostgresUnavailable, RedisUnavailable
 from persistence.model.agents import Agent, AgentDefinition, null_parts
 from persistence.model.ids import as_uuid
 from persistence.postgres.postgres import Postgres
 from persistence.redis.agent_copies import AgentCopies
+
+log = structlog.get_logger()
 
 FRESH_S = 2.0
 REMEMBERED = 10_000
@@ -42,6 +45,14 @@ class Written(NamedTuple):
     before: Agent | None
 
 
+class _Known(NamedTuple):
+    """An agent (None: there is none) as it was looked up, and until when that is good enough. Times are the clock's."""
+
+    agent: Agent | None
+    looked_up_s: float
+    fresh_until_s: float
+
+
 def no_check(definition: AgentDefinition, stored: AgentDefinition | None) -> None:
     """The check that refuses nothing."""
 
@@ -53,24 +64,50 @@ class Agents:
         self._copies = copies
         self._postgres = postgres
         self._clock = clock
-        self._known: dict[str, tuple[float, Agent | None]] = {}
+        self._known: dict[str, _Known] = {}
+        self._asking: set[str] = set()
 
     async def load(self, reference: str) -> Agent:
-        """The agent with this UUID or name, as of at most 2 s ago. Raises AgentNotFound."""
+        """The agent with this UUID or name, as of at most 2 s ago; while Redis cannot be reached, as it was known last.
+
+        So an agent that is deleted or switched off in that time goes on, on pods that know it, until Redis is back. Raises
+        AgentNotFound.
+        """
         now = self._clock()
         known = self._known.get(reference)
-        if known is None or now - known[0] > FRESH_S:
+        if known is None or (now > known.fresh_until_s and reference not in self._asking):
             _check_reference(reference)
-            known = (now, await self._look_up(reference))
-            if len(self._known) >= REMEMBERED:
-                self._known.clear()
-            self._known[reference] = known
-        if known[1] is None:
+            known = await self._ask(reference, known, now)
+        if known.agent is None:
             raise AgentNotFound
-        return known[1]
+        return known.agent
+
+    async def _ask(self, reference: str, known: _Known | None, now: float) -> _Known:
+        """Looks an agent up; one call at a time, while others go on with what is known."""
+        self._asking.add(reference)
+        try:
+            found = _Known(await self._look_up(reference), now, now + FRESH_S)
+        except RedisUnavailable as error:
+            if known is None:
+                raise
+            age_s = round(now - known.looked_up_s, 1)
+            log.warning("agents.stale", agent=reference, age_s=age_s, error=str(error))
+            found = known._replace(fresh_until_s=self._clock() + FRESH_S)
+        finally:
+            self._asking.discard(reference)
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        self._known[reference] = found
+        return found
 
     async def _look_up(self, reference: str) -> Agent | None:
-        agent = await self._copies.find(reference)
+        try:
+            agent = await self._copies.find(reference)
+        except RedisUnavailable:
+            if reference in self._known:
+                raise
+            # Its part of Redis is away: whoever has not met the agent yet asks Postgres.
+            return await self._postgres.find_agent(reference)
         if agent is None:
             try:
                 agent = await self._postgres.find_agent(reference)
@@ -84,7 +121,7 @@ class Agents:
     def known(self, reference: str) -> Agent | None:
         """The agent as it was last looked up; asks neither store."""
         found = self._known.get(reference)
-        return found[1] if found else None
+        return found.agent if found else None
 
     async def load_stored(self, reference: str) -> Agent:
         """The agent with this UUID or name as Postgres has it now. Raises AgentNotFound, PostgresUnavailable."""

@@ -1,6 +1,5 @@
 """The composition root: builds every object of a pod and of a worker, and hands them to each other."""
 
-import asyncio
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -54,10 +53,11 @@ from persistence.model.agents import RateLimit
 from persistence.postgres.migrate import load_migrations
 from persistence.postgres.postgres import Postgres
 from persistence.redis.agent_copies import AgentCopies
-from persistence.redis.connection import Client, call, connect, connect_to
+from persistence.redis.connection import Client, connect, connect_to
 from persistence.redis.epochs import Epochs, Fences
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
+from persistence.redis.probe import Probe
 from persistence.redis.scripts import Scripts
 from persistence.redis.server_check import check_server
 from persistence.redis.sessions import SessionStore
@@ -66,6 +66,7 @@ from persistence.redis.turn_logs import TurnLogs
 from persistence.redis.wakeups import WakeUps
 from persistence.rescue import Rescue, Wait
 from persistence.settler import Settler
+from persistence.supervisor import Supervisor
 from persistence.sweep import Sweep
 from persistence.watch import Watch
 from persistence.worker import Worker
@@ -164,6 +165,7 @@ class Pod:
             refusals, per_session=settings.max_streams_per_session, per_address=settings.max_streams_per_address
         )
         self.draining = False
+        self.supervisor = Supervisor()
         self.app = self._build(graphs, extra_routes)
 
     def _build(self, graphs: Graphs, extra_routes: Sequence[BaseRoute]) -> Starlette:
@@ -203,9 +205,10 @@ class Pod:
             ),
             AgentsApi(stores.agents, graphs, gatekeeper, bounds=bounds),
             OpsApi(
-                partial(call, stores.client.ping),
+                Probe(stores.scripts, stores.keys).check,
                 stores.postgres.migrated_to,
                 lambda: self.draining,
+                lambda: self.supervisor.down,
                 stores.outbox,
                 stores.epochs,
                 stores.scripts,
@@ -233,16 +236,14 @@ class Pod:
 
     @asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
-        background = [
-            asyncio.create_task(self.wakeups.run(self.turns.cancel)),
-            asyncio.create_task(self.limiter.run()),
-            asyncio.create_task(self.stores.watch.run()),
-        ]
+        self.supervisor.start("wakeups", partial(self.wakeups.run, self.turns.cancel))
+        self.supervisor.start("limits", self.limiter.run)
+        self.supervisor.start("watch", self.stores.watch.run)
         await self.stores.copy_agents()
         log.info("pod.started", partitions=self.stores.keys.partitions)
         yield
         await self.drain()
-        await _end(background)
+        await self.supervisor.stop()
         log.info("pod.stopped")
 
     def announce_drain(self) -> None:
@@ -260,15 +261,6 @@ class Pod:
         """Begins to drain and waits for the running turns, for `drain_s` at most."""
         self.begin_drain()
         await self.turns.drain(self.settings.drain_s)
-
-
-async def _end(tasks: Sequence["asyncio.Task[None]"]) -> None:
-    """Cancels tasks until all have ended, again every 0.5 s: in Python 3.11 `wait_for` can lose a cancellation."""
-    pending = set(tasks)
-    while pending:
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=0.5)
 
 
 async def build_pod(settings: Settings, stores: Stores, extra_routes: Sequence[BaseRoute] = ()) -> Pod:

@@ -7,7 +7,7 @@ from itertools import chain
 
 import msgspec
 
-from persistence.errors import PostgresUnavailable
+from persistence.errors import PostgresUnavailable, RedisUnavailable
 from persistence.hydrator import Hydrator
 from persistence.model.session import Access, Session, StoredMessage, transcript
 from persistence.model.times import moment
@@ -15,6 +15,7 @@ from persistence.postgres.postgres import Postgres, SessionFilter
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
 from persistence.redis.outcomes import Absent, Hot, Refused
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
 from persistence.redis.turn_logs import Following, TurnLogs
@@ -43,13 +44,22 @@ class ListedSession(msgspec.Struct):
         return self.session.last_activity_at, self.session.session_id
 
 
+class SessionList(msgspec.Struct):
+    """Sessions of a list; `partial` when a part of Redis could not be reached, whose live sessions are as Postgres has them."""
+
+    sessions: list[ListedSession]
+    partial: bool
+
+
 class Statistics(msgspec.Struct):
-    """Totals. `exact` is False when more than COUNTED_ONE_BY_ONE records wait for Postgres: those are left out then."""
+    """Totals. `exact` is False when more than COUNTED_ONE_BY_ONE records wait for Postgres: those are left out then. They are
+    `partial` when a part of Redis could not be reached, so that what waits there is left out too."""
 
     total_sessions: int
     active_sessions: int
     messages: int
     exact: bool
+    partial: bool = False
 
 
 class History:
@@ -72,6 +82,7 @@ class History:
         self._postgres = postgres
         self._hydrator = hydrator
         self._outbox = outbox
+        self._partitions = Partitions(keys.partitions)
 
     async def find_session(self, session_id: str, access: Access, turns: int = 0) -> Hot | Refused | None:
         """The session with its newest `turns` hot turns, hydrated first if need be. None: in neither store."""
@@ -109,10 +120,10 @@ class History:
         oldest = page[0].seq if page else 1
         return MessagePage(page, oldest if oldest > 1 else None)
 
-    async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[ListedSession]:
+    async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> SessionList:
         """Live and stored sessions by last activity, newest first, behind the position `after` (last_activity_at,
         session_id). Raises PostgresUnavailable."""
-        live = await self._live_sessions(which, after, limit)
+        live, unreachable = await self._live_sessions(which, after, limit)
         stored: list[ListedSession] = []
         position = after
         while len(stored) < limit:
@@ -123,17 +134,19 @@ class History:
                 break
             position = (rows[-1].last_activity_at, rows[-1].session_id)
         merged = sorted(live + stored, key=lambda listed: listed.position, reverse=True)
-        return merged[:limit]
+        return SessionList(merged[:limit], unreachable > 0)
 
-    async def _live_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> list[ListedSession]:
+    async def _live_sessions(
+        self, which: SessionFilter, after: tuple[str, str] | None, limit: int
+    ) -> tuple[list[ListedSession], int]:
         highest = "+inf"
         if after is not None:
             # Scores are rounded to milliseconds as the text is, so the position's own millisecond is read again.
             highest = str(int(moment(after[0]).timestamp() * 1000))
-        lists = await gather_bounded(
-            self._live_of_partition(partition, which, after, highest, limit) for partition in range(self._keys.partitions)
+        lists, unreachable = await self._partitions.gather(
+            lambda partition: self._live_of_partition(partition, which, after, highest, limit)
         )
-        return list(chain.from_iterable(lists))
+        return list(chain.from_iterable(lists)), unreachable
 
     async def _live_of_partition(
         self, partition: int, which: SessionFilter, after: tuple[str, str] | None, highest: str, limit: int
@@ -158,7 +171,10 @@ class History:
 
     async def _is_in_redis(self, session_id: str) -> bool:
         """Whether Redis has the session: live, or erased but not yet in Postgres."""
-        return not isinstance(await self._store.read(session_id, OPERATOR, any_epoch=True), Absent)
+        try:
+            return not isinstance(await self._store.read(session_id, OPERATOR, any_epoch=True), Absent)
+        except RedisUnavailable:
+            return False
 
     async def load_statistics(self, agent_id: str | None) -> Statistics:
         """Totals over an agent's sessions (None: all). Raises PostgresUnavailable.
@@ -166,7 +182,7 @@ class History:
         Sessions with records on the outbox are counted from Redis, all others from Postgres.
         """
         waiting = await self._outbox.session_ids(COUNTED_ONE_BY_ONE)
-        left_out = sorted(waiting or ())
+        left_out = waiting.results[0] if waiting else []
         live = await gather_bounded(self._find_live(session_id) for session_id in left_out)
         totals = await self._postgres.totals(agent_id, left_out)
         of_agent = [session for session in live if session and agent_id in (None, session.agent_id)]
@@ -175,4 +191,5 @@ class History:
             totals.active + sum(session.status == "active" for session in of_agent),
             totals.messages + sum(session.message_count for session in of_agent),
             waiting is not None,
+            waiting is not None and waiting.unreachable > 0,
         )

@@ -10,15 +10,15 @@ from uuid import UUID
 
 import structlog
 
-from persistence.errors import Damaged
+from persistence.errors import Damaged, RedisUnavailable
 from persistence.hydrator import Hydrator
 from persistence.model.ids import masked
 from persistence.postgres.postgres import Postgres, Transaction
 from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.keys import Keys
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
-from persistence.tasks import gather_bounded
 
 log = structlog.get_logger()
 
@@ -49,6 +49,7 @@ class Housekeeping:
         self._postgres = postgres
         self._agents = agents
         self._session_timeout_s = session_timeout_s
+        self._partitions = Partitions(keys.partitions)
         self._live_cursors = [0] * keys.partitions
         self._log_cursors = [0] * keys.partitions
         self._trimming = 0
@@ -74,7 +75,9 @@ class Housekeeping:
 
     async def reap(self) -> int:
         """Reaps turns whose lease expired; how many."""
-        late = await gather_bounded(self._late(partition) for partition in range(self._keys.partitions))
+        late, unreachable = await self._partitions.gather(self._late)
+        if unreachable:
+            log.warning("housekeeping.partitions_unreachable", partitions=unreachable)
         reaped = 0
         for session_id in chain.from_iterable(late):
             turn_id = await self._store.reap(session_id)
@@ -96,7 +99,11 @@ class Housekeeping:
         for _ in range(min(TRIM_PARTITIONS, self._keys.partitions)):
             partition = self._trimming
             self._trimming = (partition + 1) % self._keys.partitions
-            trimmed += await self._trim_live(partition) + await self._trim_logs(partition)
+            try:
+                trimmed += await self._trim_live(partition) + await self._trim_logs(partition)
+            except RedisUnavailable:
+                if self._keys.partitions == 1:
+                    raise
         return trimmed
 
     async def _trim_live(self, partition: int) -> int:
@@ -143,6 +150,9 @@ class Housekeeping:
                 log.info("session.timed_out", session=masked(session_id))
         except Damaged as error:
             log.error("session.damaged", error=str(error))
+        except RedisUnavailable as error:
+            # The others need not wait for its part of Redis; this one is looked at again.
+            log.warning("session.not_timed_out", session=masked(session_id), error=str(error))
 
     async def retain(self) -> int:
         """Erases sessions idle for longer than their agent's `retention_days`, one worker at a time; the largest number
@@ -182,4 +192,7 @@ class Housekeeping:
             )
         except Damaged as error:
             log.error("session.damaged", error=str(error))
+            return False
+        except RedisUnavailable as error:
+            log.warning("session.not_erased", session=masked(session_id), error=str(error))
             return False

@@ -11,8 +11,8 @@ import structlog
 from persistence.errors import PostgresUnavailable
 from persistence.postgres.postgres import Postgres
 from persistence.redis.epochs import Epochs, Mark, RunAll
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
-from persistence.tasks import gather_bounded
 
 log = structlog.get_logger()
 
@@ -25,7 +25,7 @@ class Settler:
 
     def __init__(self, epochs: Epochs, postgres: Postgres, partitions: int) -> None:
         self._epochs = epochs
-        self._partitions = partitions
+        self._partitions = Partitions(partitions)
         self._postgres = postgres
 
     async def settle(self, server: str, run_all: RunAll) -> bool:
@@ -54,7 +54,7 @@ class Settler:
         """Ends the epochs of partitions of which Postgres knows a newer one, or that have sessions that nobody has compared
         with it; how many. Raises PersistenceError."""
         known = await self._postgres.load_marks()
-        held = await gather_bounded(self._epochs.read(scripts, partition) for partition in range(self._partitions))
+        held, _ = await self._partitions.gather(lambda partition: self._epochs.read(scripts, partition))
         begun = {}
         for one in held:
             mark = known.get(one.partition, (0, 0))[0]

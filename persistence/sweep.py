@@ -13,6 +13,7 @@ from persistence.model.ids import masked
 from persistence.model.session import Access
 from persistence.postgres.postgres import Postgres
 from persistence.redis.keys import Keys
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
 from persistence.tasks import gather_bounded
@@ -34,21 +35,23 @@ class Sweep:
         self._store = store
         self._postgres = postgres
         self._hydrator = hydrator
+        self._partitions = Partitions(keys.partitions)
 
     async def run_once(self) -> int:
         """Sweeps the partitions with an epoch that nobody has swept; how many. Raises RedisUnavailable or
         PostgresUnavailable."""
-        swept = 0
-        for partition in range(self._keys.partitions):
-            key = self._keys.epoch(partition)
-            epoch, done = await self._scripts.command("HMGET", key, "epoch", "swept")
-            if epoch is None or epoch == done:
-                continue
-            await self._sweep_sessions(partition, epoch)
-            await self._sweep_logs(partition)
-            await self._scripts.command("HSET", key, "swept", epoch)
-            swept += 1
-        return swept
+        done, _ = await self._partitions.gather(self._sweep)
+        return sum(done)
+
+    async def _sweep(self, partition: int) -> bool:
+        key = self._keys.epoch(partition)
+        epoch, done = await self._scripts.command("HMGET", key, "epoch", "swept")
+        if epoch is None or epoch == done:
+            return False
+        await self._sweep_sessions(partition, epoch)
+        await self._sweep_logs(partition)
+        await self._scripts.command("HSET", key, "swept", epoch)
+        return True
 
     async def _sweep_sessions(self, partition: int, epoch: bytes) -> None:
         cursor = 0

@@ -10,12 +10,13 @@ from time import monotonic
 
 import structlog
 
-from persistence.errors import PersistenceError, PostgresUnavailable, RedisUnavailable
+from persistence.errors import PostgresUnavailable, RedisUnavailable
 from persistence.flusher import Flusher
 from persistence.housekeeping import Housekeeping
 from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.postgres.postgres import Postgres
 from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox
+from persistence.redis.partitions import Partitions
 from persistence.redis.sessions import SessionStore
 from persistence.retry import Attempts, Backoff
 from persistence.sweep import Sweep
@@ -32,6 +33,8 @@ FLUSH_EVERY_S = 0.2
 """From one flush to the next while batches are not full. A transaction costs the same for few records as for many."""
 MAX_BACKOFF_S = 2.0
 SWEEP_EVERY_S = 2.0
+UNHEALTHY = 3
+"""Failures of a loop in a row, of kinds that nobody foresees, after which the worker says that it is not healthy."""
 CLAIM_EVERY_S = CLAIM_IDLE_MS / 1000 / 2
 DRAIN_BACKOFF = Backoff(0.2, 0.2)
 
@@ -52,6 +55,8 @@ class Worker:
         fields: SessionFields = SESSION_FIELDS,
     ) -> None:
         self._outbox = outbox
+        self._partitions = Partitions(len(outbox.partitions))
+        self._unreachable = 0
         self._flusher = Flusher(outbox, postgres, sessions, fields)
         self.housekeeping = housekeeping
         self._watch = watch
@@ -83,7 +88,9 @@ class Worker:
         while monotonic() < deadline:
             try:
                 if await self._flush(lambda: monotonic() < deadline) == 0:
-                    return True
+                    if not self._unreachable:
+                        return True
+                    await asyncio.sleep(FLUSH_EVERY_S)
             except (RedisUnavailable, PostgresUnavailable) as error:
                 log.warning("worker.drain_failed", error=str(error))
                 await attempts.pause(error)
@@ -99,9 +106,12 @@ class Worker:
             except (RedisUnavailable, PostgresUnavailable) as error:
                 pause_s = attempts.next_pause_s(error)
                 log.warning(f"worker.{what}_failed", error=str(error), retry_in_s=pause_s)
-            except PersistenceError as error:
-                log.error(f"worker.{what}_failed", error=f"{type(error).__name__}: {error}", exc_info=True)
-                pause_s = MAX_BACKOFF_S
+            except Exception as error:
+                # Whatever it is, the other loops go on, and so does this one.
+                pause_s = attempts.next_pause_s(error)
+                log.error("task.failed", task=what, error=f"{type(error).__name__}: {error}", exc_info=True)
+                if attempts.failures % UNHEALTHY == 0:
+                    log.error("worker.not_healthy", task=what, failures=attempts.failures)
             if pause_s > 0:
                 try:
                     await asyncio.wait_for(self._stopping.wait(), pause_s)
@@ -135,7 +145,10 @@ class Worker:
         claim = monotonic() >= self._claim_at
         if claim:
             self._claim_at = monotonic() + CLAIM_EVERY_S
-        done = await gather_bounded(self._flush_partition(partition, claim, go_on) for partition in self._outbox.partitions)
+        done, unreachable = await self._partitions.gather(lambda partition: self._flush_partition(partition, claim, go_on))
+        if unreachable != self._unreachable:
+            log.warning("worker.partitions_unreachable", partitions=unreachable)
+        self._unreachable = unreachable
         return sum(done)
 
     async def _flush_partition(self, partition: int, claim: bool, go_on: Callable[[], bool]) -> int:

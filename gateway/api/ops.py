@@ -1,6 +1,7 @@
 """Liveness, readiness, metrics."""
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from time import time
 from typing import Annotated, Any, Literal
@@ -18,6 +19,18 @@ from persistence.redis.epochs import Epochs
 from persistence.redis.outbox import Outbox
 from persistence.redis.scripts import Scripts
 
+_CODES = {
+    "ReadOnlyError": "READONLY",
+    "no master": "READONLY",
+    "a replica": "READONLY",
+    "OutOfMemoryError": "OOM",
+    "NoPermissionError": "NOPERM",
+    "BusyLoadingError": "LOADING",
+    "ClusterDownError": "CLUSTERDOWN",
+}
+_CODE = re.compile("|".join((*_CODES, "NOREPLICAS", "MISCONF", "NOAUTH", "NOPERM", "OOM", "READONLY")))
+"""What errors of Redis say in the words of redis-py, of the pool, or of Redis itself."""
+
 Health = Literal["ok", "down"]
 
 
@@ -27,13 +40,19 @@ class Alive(msgspec.Struct):
     status: Annotated[Literal["ok"], Meta(description="Always `ok`")] = "ok"
 
 
-class Readiness(msgspec.Struct):
+class Readiness(msgspec.Struct, omit_defaults=True):
     """The state of a pod and of its stores."""
 
-    ready: Annotated[bool, Meta(description="Whether a balancer may send requests here: Redis is up, the pod not draining")]
-    redis: Annotated[Health, Meta(description="Whether Redis answers")]
+    ready: Annotated[
+        bool, Meta(description="Whether a balancer may send requests here: Redis takes turns, the pod not draining")
+    ]
+    redis: Annotated[Health, Meta(description="Whether Redis takes what a turn needs: a write, and a publication")]
     postgres: Annotated[Health, Meta(description="Whether Postgres answers; chat goes on without it")]
     draining: Annotated[bool, Meta(description="Whether the pod is shutting down")]
+    reason: Annotated[
+        str | None, Meta(description="Why Redis takes no turn, in a word of its own: `NOREPLICAS`, `OOM` …")
+    ] = None
+    tasks: Annotated[list[str], Meta(description="The background tasks of the pod that are down")] = []
 
 
 class OpsApi:
@@ -44,6 +63,7 @@ class OpsApi:
         check_redis: Callable[[], Awaitable[Any]],
         check_postgres: Callable[[], Awaitable[Any]],
         is_draining: Callable[[], bool],
+        tasks_down: Callable[[], list[str]],
         outbox: Outbox,
         epochs: Epochs,
         scripts: Scripts,
@@ -52,6 +72,7 @@ class OpsApi:
         self._check_redis = check_redis
         self._check_postgres = check_postgres
         self._is_draining = is_draining
+        self._tasks_down = tasks_down
         self._outbox = outbox
         self._epochs = epochs
         self._scripts = scripts
@@ -63,10 +84,18 @@ class OpsApi:
 
     async def ready(self, request: Request) -> Response:
         """GET /readyz"""
-        redis, postgres = await asyncio.gather(_health(self._check_redis), _health(self._check_postgres))
-        draining = self._is_draining()
-        ready = redis == "ok" and not draining
-        return answer(Readiness(ready, redis, postgres, draining), 200 if ready else 503)
+        redis, postgres = await asyncio.gather(_failure(self._check_redis), _failure(self._check_postgres))
+        draining, down = self._is_draining(), self._tasks_down()
+        ready = redis is None and not draining and not down
+        readiness = Readiness(
+            ready,
+            "ok" if redis is None else "down",
+            "ok" if postgres is None else "down",
+            draining,
+            _reason(redis),
+            down,
+        )
+        return answer(readiness, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         """GET /metrics"""
@@ -75,6 +104,7 @@ class OpsApi:
         self._metrics.outbox_bytes.set(backlog.bytes)
         self._metrics.outbox_lag_seconds.set(backlog.lag_ms / 1000)
         self._metrics.dead_letters.set(backlog.dead)
+        self._metrics.partitions_unreachable.set(backlog.unreachable)
         self._metrics.show_epochs(await self._epochs.read_all(self._scripts))
         self._metrics.foreign_replies.set(self._scripts.foreign_replies)
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -95,9 +125,15 @@ class OpsApi:
         ]
 
 
-async def _health(check: Callable[[], Awaitable[Any]]) -> Health:
+async def _failure(check: Callable[[], Awaitable[Any]]) -> PersistenceError | None:
     try:
         await check()
-    except PersistenceError:
-        return "down"
-    return "ok"
+    except PersistenceError as error:
+        return error
+    return None
+
+
+def _reason(error: PersistenceError | None) -> str | None:
+    """The code of an error of Redis, if it is one that says why no turn is possible."""
+    found = _CODE.search(f"{type(error.__cause__).__name__} {error}") if error is not None else None
+    return _CODES.get(found[0], found[0]) if found else None

@@ -142,6 +142,11 @@ class Follower:
                     pause_s = _pause_s(attempts, error)
                     if pause_s is None:
                         turn_log.fail()
+                except Exception:
+                    log.error("stream.follow_failed", turn_id=turn_id, exc_info=True)
+                    # No reader waits for what nobody follows any more.
+                    turn_log.fail()
+                    raise
                 if pause_s and not turn_log.done:
                     await _wait(news, pause_s)
 

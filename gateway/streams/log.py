@@ -155,6 +155,9 @@ class TurnWriter:
         except RedisUnavailable as error:
             log.warning("stream.append_failed", turn_id=self._turn_id, error=str(error))
             stored = self._stored
+        except Exception:
+            log.error("stream.append_failed", turn_id=self._turn_id, exc_info=True)
+            stored = self._stored
         self._storing = None
         if stored is None:
             # The turn has lost its session to another one, and ends by itself when it finds out.

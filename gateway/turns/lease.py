@@ -47,4 +47,6 @@ class Lease:
             except RedisUnavailable as error:
                 # The lease may outlive the fault; if it does not, the fence keeps the commit out.
                 log.warning("turn.renew_failed", turn_id=self._turn_id, error=str(error))
+            except Exception:
+                log.error("turn.renew_failed", turn_id=self._turn_id, exc_info=True)
             await asyncio.sleep(self._pause_s)

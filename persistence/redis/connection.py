@@ -14,7 +14,7 @@ from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import MasterNotFoundError, Sentinel
 from redis.backoff import AbstractBackoff
-from redis.exceptions import ClusterCrossSlotError, RedisError, ResponseError
+from redis.exceptions import ClusterCrossSlotError, RedisClusterException, RedisError, ResponseError
 from redis.utils import str_if_bytes
 
 from persistence.errors import CommandRefused, PersistenceError, RedisUnavailable
@@ -190,8 +190,9 @@ def translated() -> Iterator[None]:
         yield
     except ResponseError as error:
         raise refusal(error) from error
-    except (TimeoutError, OSError, RedisError, AttributeError) as error:
-        # redis-py ends in an AttributeError when another call drops the connection on which this one is sending.
+    except (TimeoutError, OSError, RedisError, RedisClusterException, AttributeError) as error:
+        # RedisClusterException is no RedisError: no node can be reached. redis-py ends in an AttributeError when another
+        # call drops the connection on which this one is sending.
         raise RedisUnavailable(_reason(error)) from error
     except RuntimeError as error:
         # uvloop's error for a connection that was closed while redis-py was using it, after a foreign reply for example.

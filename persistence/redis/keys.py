@@ -16,6 +16,7 @@ gw:{p}:epoch                       hash    permanent                 lua/settle,
                                                                      replication id of the `server` that it began with,
                                                                      counters; see README
 gw:{p}:awaited                     string  1 min                     scripts.py: written before each wait for replicas
+gw:{p}:probe                       string  10 s                      lua/try_write: tried for readiness
 gw:{p}:live                        zset    permanent, trimmed        lua/open, commit, hydrate; trimmed by lua/trim:
                                                                      sessions by their last activity, in ms
 gw:{p}:running                     zset    permanent, trimmed        lua/begin, renew; entries leave with their turn:
@@ -101,6 +102,10 @@ class Keys:
 
     def fence(self, partition: int) -> str:
         return f"{self._heads[partition]}fence"
+
+    def probe(self, partition: int) -> str:
+        """The key, and the channel, that a pod's readiness is tried with."""
+        return f"{self._heads[partition]}probe"
 
     def limit(self, bucket: str) -> str:
         """A limit of an address, an agent or a domain."""

@@ -7,13 +7,16 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import msgspec
+import structlog
 
 from persistence.model.codec import decode_record
 from persistence.model.session import Record
 from persistence.redis.keys import GROUP, Keys
+from persistence.redis.partitions import Gathered, Partitions
 from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts
-from persistence.tasks import gather_bounded
+
+log = structlog.get_logger()
 
 CLAIM_IDLE_MS = 10_000
 """A worker that has not touched its pending records for so long is taken for dead, and another one claims them."""
@@ -29,12 +32,14 @@ class Taken(msgspec.Struct):
 
 
 class Backlog(msgspec.Struct):
-    """Records on the outbox, their bytes, the age of the oldest in `lag_ms`, and the number of dead letters."""
+    """Records on the outbox, their bytes, the age of the oldest in `lag_ms`, and the number of dead letters; without those
+    of `unreachable` partitions."""
 
     records: int
     bytes: int
     lag_ms: int
     dead: int
+    unreachable: int = 0
 
 
 class DeadLetter(msgspec.Struct):
@@ -56,6 +61,7 @@ class Outbox:
         self._keys = keys
         self._consumer = consumer
         self.partitions = range(keys.partitions)
+        self._reachable = Partitions(keys.partitions)
 
     async def take(self, partition: int, count: int, *, claim: bool = False, after: bytes = b"0") -> Taken:
         """Up to `count` records: this consumer's pending ones behind the entry `after`; if it has none, new ones, and with
@@ -132,22 +138,21 @@ class Outbox:
         return bool(reply[0] == "moved")
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """The oldest dead letters, up to `limit` of each partition."""
-        found = []
-        for partition in self.partitions:
-            for entry, fields in await self._range(self._keys.dead(partition), limit):
-                text = {name: value.decode(errors="replace") for name, value in _pairs(fields)}
-                found.append(
-                    DeadLetter(
-                        partition,
-                        entry.decode(),
-                        text.get(b"session_id", ""),
-                        text.get(b"fact", ""),
-                        text.get(b"reason", ""),
-                        text.get(b"died_at", ""),
-                    )
-                )
-        return found
+        """The oldest dead letters, up to `limit` of each partition that can be reached."""
+
+        async def letters(partition: int) -> list[DeadLetter]:
+            return [self._letter(partition, *one) for one in await self._range(self._keys.dead(partition), limit)]
+
+        found, unreachable = await self._reachable.gather(letters)
+        if unreachable:
+            log.warning("outbox.partitions_unreachable", partitions=unreachable)
+        return list(chain.from_iterable(found))
+
+    @staticmethod
+    def _letter(partition: int, entry: bytes, fields: list[bytes]) -> DeadLetter:
+        text = {name: value.decode(errors="replace") for name, value in _pairs(fields)}
+        named = (text.get(name, "") for name in (b"session_id", b"fact", b"reason", b"died_at"))
+        return DeadLetter(partition, entry.decode(), *named)
 
     async def retry_dead(self, letter: DeadLetter) -> bool:
         """Puts a dead letter back on the outbox; whether it still existed."""
@@ -156,26 +161,37 @@ class Outbox:
         reply = await self._scripts.run("retry_dead", session_id, keys, {"dead_entry": letter.entry})
         return bool(reply[0] == "queued")
 
-    async def session_ids(self, limit: int) -> set[str] | None:
-        """The sessions with records on the outbox; None when it has more than `limit` records."""
-        found: set[str] = set()
-        outboxes = [self._keys.outbox(partition) for partition in self.partitions]
-        lists = await gather_bounded(self._range(outbox, limit + 1) for outbox in outboxes)
+    async def session_ids(self, limit: int) -> Gathered[list[str]] | None:
+        """The sessions with records on the outboxes that can be reached; None when those have more than `limit` records."""
+
+        async def read(partition: int) -> list[list[bytes]]:
+            return [fields for _, fields in await self._range(self._keys.outbox(partition), limit + 1)]
+
+        lists, unreachable = await self._reachable.gather(read)
         if sum(map(len, lists)) > limit:
             return None
-        for _, fields in chain.from_iterable(lists):
-            found.update(value.decode() for name, value in _pairs(fields) if name == b"session_id")
-        return found
+        records = chain.from_iterable(lists)
+        named = (value.decode() for fields in records for name, value in _pairs(fields) if name == b"session_id")
+        return Gathered([sorted(set(named))], unreachable)
 
     async def backlog(self, now_ms: int) -> Backlog:
-        """How far Postgres is behind, over all partitions, at `now_ms` (Unix time)."""
-        outboxes = [self._keys.outbox(partition) for partition in self.partitions]
-        records = await gather_bounded(self._length(outbox) for outbox in outboxes)
-        counted = await gather_bounded(self._bytes(partition) for partition in self.partitions)
-        dead = await gather_bounded(self._length(self._keys.dead(partition)) for partition in self.partitions)
-        oldest = await gather_bounded(self._range(outbox, 1) for outbox in outboxes)
-        lags = [now_ms - int(entry.split(b"-")[0]) for entry, _ in chain.from_iterable(oldest)]
-        return Backlog(sum(records), sum(counted), max(lags, default=0), sum(dead))
+        """How far Postgres is behind, over all partitions that can be reached, at `now_ms` (Unix time)."""
+
+        async def measure(partition: int) -> Backlog:
+            outbox = self._keys.outbox(partition)
+            oldest = await self._range(outbox, 1)
+            lag_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
+            dead = await self._length(self._keys.dead(partition))
+            return Backlog(await self._length(outbox), await self._bytes(partition), lag_ms, dead)
+
+        found, unreachable = await self._reachable.gather(measure)
+        return Backlog(
+            sum(one.records for one in found),
+            sum(one.bytes for one in found),
+            max((one.lag_ms for one in found), default=0),
+            sum(one.dead for one in found),
+            unreachable,
+        )
 
     async def _length(self, key: str) -> int:
         return int(await self._scripts.command("XLEN", key))

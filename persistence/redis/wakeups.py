@@ -4,6 +4,7 @@ They carry no data: a lost wake-up costs time, never an event, because readers a
 """
 
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 import structlog
@@ -17,8 +18,10 @@ from persistence.retry import Attempts, Backoff
 log = structlog.get_logger()
 
 BACKOFF = Backoff(0.2, 0.2)
-READ_TIMEOUT_S = 10
+SILENCE_S = 1.0
 """A subscription that was silent for so long is asked with PING whether it is still connected."""
+PONG_S = 2.0
+"""A node that has not answered by then is taken for hung: the subscription moves to another connection."""
 
 Callback = Callable[[str], None]
 
@@ -89,11 +92,17 @@ class WakeUps:
             self._pubsub = pubsub
             if late := self._callbacks.keys() - channels:
                 await pubsub.subscribe(*late)
+            asked_at: float | None = None
             while True:
-                message = await pubsub.get_message(timeout=READ_TIMEOUT_S)
+                message = await pubsub.get_message(timeout=SILENCE_S)
                 if message is None:
-                    await pubsub.ping()
+                    if asked_at is None:
+                        asked_at = monotonic()
+                        await pubsub.ping()
+                    elif monotonic() - asked_at >= PONG_S:
+                        raise TimeoutError("no pong: the node hangs")
                     continue
+                asked_at = None
                 if message["type"] in ("subscribe", "message"):
                     # Messages before a (re)subscription may have been missed.
                     text = message["data"].decode() if message["type"] == "message" else ""
