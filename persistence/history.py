@@ -45,15 +45,16 @@ class ListedSession(msgspec.Struct):
 
 
 class SessionList(msgspec.Struct):
-    """Sessions of a list; `partial` when a part of Redis could not be reached, whose live sessions are as Postgres has them."""
+    """Sessions of a list; `partial` when a part of Redis could not be reached, whose live sessions are as Postgres has
+    them."""
 
     sessions: list[ListedSession]
     partial: bool
 
 
 class Statistics(msgspec.Struct):
-    """Totals. `exact` is False when more than COUNTED_ONE_BY_ONE records wait for Postgres: those are left out then. They are
-    `partial` when a part of Redis could not be reached, so that what waits there is left out too."""
+    """Totals. `exact` is False when more than COUNTED_ONE_BY_ONE records wait for Postgres: those are left out then. They
+    are `partial` when a part of Redis could not be reached, so that what waits there is left out too."""
 
     total_sessions: int
     active_sessions: int
