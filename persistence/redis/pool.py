@@ -252,10 +252,10 @@ class HeldPool(_BoundedPool):
         self.server = Server(self._take, self._meet, self._is_stale)
 
     async def _meet(self, replid: str, execute: Execute) -> None:
-        if self._replid not in ("", replid):
+        before, self._replid = self._replid, replid
+        if before not in ("", replid):
             log.warning("redis.server_changed")
             await self._doubt()
-        self._replid = replid
         master = self._master_address
         if self._master is not None and self._master != master:
             # A task of its own, which outlasts the call that finds the new master first.
