@@ -14,6 +14,7 @@ import uvloop
 from gateway.app import build_pod, build_worker, warn_if_not_migrated
 from gateway.commands import agents
 from gateway.commands.dead_letters import dead_letters
+from gateway.commands.doctor import doctor
 from gateway.commands.environment import STORES, CommandError, command_settings, open_stores
 from gateway.commands.settings import print_settings
 from gateway.graphs.loading import GraphError
@@ -69,6 +70,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_agents(commands)
     dead = _add(commands, "dead", dead_letters, "list dead letters, the records that Postgres refused")
     dead.add_argument("--retry", action="store_true", help="put each back on the outbox")
+    check = _add(commands, "doctor", doctor, "check Redis and Postgres, and say what to do about what is wrong")
+    check.add_argument("--json", action="store_true", help="print JSON, for programs")
+    check.epilog = "The exit status is 1 if something is wrong. What is only weak works, and promises less."
     settings = _add(commands, "settings", print_settings, "print all settings, and what the environment sets")
     settings.add_argument("--json", action="store_true", help="print JSON, for programs")
     settings.epilog = "Secrets are never printed. The exit status is 1 if the environment has a wrong setting."

@@ -348,7 +348,7 @@ async def test_an_editor_that_fails_or_is_not_there_saves_nothing(editor: Editor
     assert editor.drafts() == []
 
 
-COMMANDS = ["", "serve", "worker", "migrate", "dev", "dead", "settings", "agents"]
+COMMANDS = ["", "serve", "worker", "migrate", "dev", "dead", "doctor", "settings", "agents"]
 COMMANDS += [f"agents {action}" for action in ("put", "edit", "show", "list", "delete")]
 
 

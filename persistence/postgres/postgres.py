@@ -159,6 +159,11 @@ class Postgres:
         async with self.transaction() as transaction:
             return int((await transaction.fetch("ping"))[0][0])
 
+    async def is_writable(self) -> bool:
+        """Whether the server takes writes. Raises PostgresUnavailable."""
+        async with self.transaction() as transaction:
+            return bool((await transaction.fetch("is_writable"))[0]["writable"])
+
     async def load_marks(self) -> dict[int, tuple[int, int]]:
         """Of each partition that Postgres has records of: the newest epoch, and the newest fence of a turn."""
         async with self.transaction() as transaction:

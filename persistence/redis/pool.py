@@ -177,6 +177,11 @@ class Server:
         """Has every connection ask who its server is before its next call."""
         self._known.clear()
 
+    async def close_idle(self) -> None:
+        """Closes the connections that no call uses."""
+        for connection in self.idle:
+            await self._close(connection)
+
     async def _close(self, connection: AbstractConnection) -> None:
         self._known.discard(connection)
         await connection.disconnect(nowait=True)
@@ -252,10 +257,10 @@ class HeldPool(_BoundedPool):
         self.server = Server(self._take, self._meet, self._is_stale)
 
     async def _meet(self, replid: str, execute: Execute) -> None:
-        if self._replid not in ("", replid):
+        before, self._replid = self._replid, replid or self._replid
+        if before not in ("", self._replid):
             log.warning("redis.server_changed")
             await self._doubt()
-        self._replid = replid
         master = self._master_address
         if self._master is not None and self._master != master:
             # A task of its own, which outlasts the call that finds the new master first.
@@ -273,9 +278,10 @@ class HeldPool(_BoundedPool):
         return None if address is None else (str(address[0]), int(address[1]))
 
     async def _doubt(self) -> None:
-        """Has the other connections ask who their server is, for the name may have led elsewhere when they were made; those
-        that are not held here, as subscriptions, cannot be asked and are closed."""
+        """Closes the other connections, for the name may have led elsewhere when they were made; those in use for a call ask
+        who their server is before the next one. Subscriptions, which are not held here, cannot ask, and are closed too."""
         self.server.doubt()
+        await self.server.close_idle()
         others = self._pool._in_use_connections.difference(self.server.held)
         await self._pool.disconnect(inuse_connections=False)
         await asyncio.gather(*(connection.disconnect(nowait=True) for connection in others), return_exceptions=True)

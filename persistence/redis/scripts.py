@@ -33,6 +33,9 @@ SETTLE_AGAIN_S = 1.0
 REPLICATION_TIMEOUT_S = 0.8
 """How long an answer waits for its replicas: less than a reply may take."""
 
+TOUCH = "#!lua flags=allow-oom\nreturn redis.call('SET', KEYS[1], '', 'PX', 60000)"
+"""A write to wait for, also while Redis is full: an end or a running turn's commit, which it takes then, waits too."""
+
 Settle = Callable[[str, RunAll], Awaitable[bool]]
 """Begins epochs on a server, by its replication id; whether that is done. Raises PersistenceError."""
 
@@ -163,7 +166,7 @@ class Scripts:
         # write between them is behind all that the script has found.
         awaited = keys[0].partition("}:")[0] + "}:awaited"
         behind: list[Command] = [
-            ("SET", awaited, "", "PX", 60_000),
+            ("EVAL", TOUCH, 1, awaited),
             ("WAIT", self._replicas, int(REPLICATION_TIMEOUT_S * 1000)),
         ]
         reply, others = await self._run(name, session_id, keys, arguments, 1.8, rest=rest, behind=behind)

@@ -4,7 +4,7 @@ Held over HTTP, on a master whose replica is paused: it stays connected and ackn
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 from time import monotonic
@@ -23,7 +23,7 @@ from gateway.dev.servers.process import wait_until
 from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
 from persistence.redis.keys import Keys
-from persistence.redis.scripts import Scripts
+from persistence.redis.scripts import TOUCH, Scripts
 from tests.conftest import PutAgent, put_in, settings_for
 from tests.support.pods import ServedPod, gated_pod
 from tests.support.sse import Stream, kinds, resume, speak
@@ -151,7 +151,7 @@ async def test_control_a_wait_without_a_write_before_it_passes_on_another_connec
         execute = pod.stores.scripts._pool.execute
 
         async def without_a_write(commands: Any, key: str, timeout_s: float) -> list[Any]:
-            left = [("PING",) if command[0] == "SET" else command for command in commands]
+            left = [("PING",) if TOUCH in command else command for command in commands]
             return await execute(left, key, timeout_s)
 
         monkeypatch.setattr(pod.stores.scripts._pool, "execute", without_a_write)
@@ -168,6 +168,39 @@ async def test_a_new_session_is_not_opened_without_the_replica(pods: Pods, repli
         refused(await in_time(pod.client.post("/api/sessions", json={"agent_id": "shop"})))
     assert pod.gated.started == []
     assert (await pod.ask("Hello", session_id)).status_code == 200
+
+
+@pytest.fixture
+async def full(pods: Pods) -> AsyncIterator[Callable[[], Awaitable[None]]]:
+    """Fills the master, which evicts nothing."""
+    client = pods[0].stores.client
+
+    async def fill() -> None:
+        await client.config_set("maxmemory-policy", "noeviction")
+        await client.config_set("maxmemory", "1000000")
+
+    yield fill
+    await client.config_set("maxmemory", "0")
+    await client.config_set("maxmemory-policy", "volatile-lru")
+
+
+@pytest.mark.parametrize("guarded", [True, False], ids=["as it is", "control: a plain write before the wait"])
+async def test_what_a_full_redis_still_takes_is_replicated_too(
+    pods: Pods, full: Callable[[], Awaitable[None]], monkeypatch: pytest.MonkeyPatch, guarded: bool
+) -> None:
+    """A turn that runs is committed, and a session can be erased, though Redis takes no new ones."""
+    pod, running, erased = pods[0], new_session_id(), new_session_id()
+    if not guarded:
+        monkeypatch.setattr("persistence.redis.scripts.TOUCH", TOUCH.replace(" flags=allow-oom", ""))
+        pod.stores.sessions.lease_ms = 500
+    pod.gated.let_go("first")
+    assert (await pod.ask("first", erased)).status_code == 200
+    asked = pod.send("Hello", running)
+    await pod.gated.has_started("Hello")
+    await full()
+    pod.gated.let_go("Hello")
+    assert (await asked).status_code == (200 if guarded else 503)
+    assert (await pod.client.delete(f"/api/sessions/{erased}")).status_code == (204 if guarded else 503)
 
 
 # ------------------------------------------------------------------------------------------------------------- streams
