@@ -98,7 +98,7 @@ class Worker:
 
     async def _repeat(self, what: str, work: Callable[[], Awaitable[float]], every_s: float) -> None:
         """Calls `work`, which returns the seconds to pause after it, until the worker is stopped."""
-        attempts = Attempts(Backoff(every_s, MAX_BACKOFF_S))
+        attempts = Attempts(Backoff(max(every_s, FLUSH_EVERY_S), MAX_BACKOFF_S))
         while not self._stopping.is_set():
             try:
                 pause_s = await work()
