@@ -45,6 +45,7 @@ NO_MASTER = (ReadOnlyError, MasterDownError)
 """Errors of a server that has become a replica: its connections lead nowhere any more."""
 
 REDIRECTS = 5
+REFRESH_S = 0.5
 
 Argument = str | bytes | int | float
 Command = Sequence[Argument]
@@ -395,8 +396,9 @@ class ClusterPool(_BoundedPool):
         return server
 
     async def _refresh(self) -> None:
-        """Asks the nodes who has which slot, ten times a second at most, and lets go of those that are no masters now."""
-        if monotonic() - self._refreshed_at < 0.1:
+        """Asks the nodes who has which slot, and lets go of those that are no masters now. It closes every connection, so it is
+        done once in REFRESH_S at most."""
+        if monotonic() - self._refreshed_at < REFRESH_S:
             return
         self._refreshed_at = monotonic()
         await self._client.nodes_manager.initialize()
