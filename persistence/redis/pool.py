@@ -396,8 +396,8 @@ class ClusterPool(_BoundedPool):
         return server
 
     async def _refresh(self) -> None:
-        """Asks the nodes who has which slot, and lets go of those that are no masters now. It closes every connection, so it is
-        done once in REFRESH_S at most."""
+        """Asks the nodes who has which slot, and lets go of those that are no masters now. It closes every connection, so it
+        is done once in REFRESH_S at most."""
         if monotonic() - self._refreshed_at < REFRESH_S:
             return
         self._refreshed_at = monotonic()
