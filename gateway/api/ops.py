@@ -25,6 +25,7 @@ _CODES = {
     "a replica": "READONLY",
     "OutOfMemoryError": "OOM",
     "NoPermissionError": "NOPERM",
+    "ACL failure": "NOPERM",
     "BusyLoadingError": "LOADING",
     "ClusterDownError": "CLUSTERDOWN",
 }

@@ -193,6 +193,10 @@ class Server:
             await self._close(connection)
 
 
+def is_error(reply: Any) -> bool:
+    return isinstance(reply, ResponseError)
+
+
 async def _exchange(connection: AbstractConnection, packed: bytes, count: int) -> list[Any]:
     await connection.send_packed_command(packed, check_health=False)
     replies: list[Any] = []
@@ -292,7 +296,13 @@ class HeldPool(_BoundedPool):
         return connection
 
     async def _send(self, commands: Sequence[Command], key: str) -> list[Any]:
-        return await self.server.exchange(pack(commands), len(commands))
+        replies = await self.server.exchange(pack(commands), len(commands))
+        if self._master is not None and any(str(reply).startswith("NOREPLICAS") for reply in replies if is_error(reply)):
+            # A master that has lost its replicas may be none any more.
+            await self.check()
+            if self._master_address != self._master:
+                raise Disconnected("another server is the master now")
+        return replies
 
     def _is_stale(self, connection: AbstractConnection) -> bool:
         """Whether Sentinel has named another master since. redis-py's pool closes only its idle connections then, and these
