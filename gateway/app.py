@@ -101,8 +101,8 @@ class Stores:
         )
         self.turn_logs = TurnLogs(self.scripts, self.keys)
         self.agent_copies = AgentCopies(self.scripts, self.keys)
-        self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
         self.agents = Agents(self.agent_copies, self.postgres)
+        self.hydrator = Hydrator(self.sessions, self.postgres, self.agents)
         self.outbox = Outbox(self.scripts, self.keys, name)
 
     async def check(self) -> None:
@@ -287,7 +287,7 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
         stores.keys,
         stores.sessions,
         stores.postgres,
-        stores.agent_copies,
+        stores.agents,
         session_timeout_s=settings.session_timeout_s,
     )
     watch = Watch(stores.scripts, stores.settler, of_worker=True)

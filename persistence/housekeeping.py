@@ -11,10 +11,9 @@ from uuid import UUID
 import structlog
 
 from persistence.errors import Damaged
-from persistence.hydrator import Hydrator
+from persistence.hydrator import FindsAgents, Hydrator
 from persistence.model.ids import masked
 from persistence.postgres.postgres import Postgres, Transaction
-from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.keys import Keys
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
@@ -39,7 +38,7 @@ class Housekeeping:
         keys: Keys,
         store: SessionStore,
         postgres: Postgres,
-        agents: AgentCopies,
+        agents: FindsAgents,
         *,
         session_timeout_s: float,
     ) -> None:
