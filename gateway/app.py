@@ -58,6 +58,7 @@ from persistence.redis.connection import Client, call, connect, connect_to
 from persistence.redis.epochs import Epochs, Fences
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 from persistence.redis.server_check import check_server
 from persistence.redis.sessions import SessionStore
@@ -88,7 +89,7 @@ class Stores:
             Rescue(connect_one, self.keys, self.postgres, name).leave if of_worker else Wait(connect_one, self.keys).leave
         )
         self.epochs = Epochs(self.keys, fences)
-        self.settler = Settler(self.epochs, self.postgres, settings.partition_count)
+        self.settler = Settler(self.epochs, self.postgres)
         self.scripts = Scripts(self.client, settle=self.settler.settle, leave=leave, replicas=settings.redis_replicas)
         self.watch = Watch(self.scripts, self.settler, of_worker=False)
         self.sessions = SessionStore(
@@ -103,7 +104,8 @@ class Stores:
         self.agent_copies = AgentCopies(self.scripts, self.keys)
         self.agents = Agents(self.agent_copies, self.postgres)
         self.hydrator = Hydrator(self.sessions, self.postgres, self.agents)
-        self.outbox = Outbox(self.scripts, self.keys, name)
+        self.partitions = Partitions(self.scripts, self.keys)
+        self.outbox = Outbox(self.scripts, self.keys, name, self.partitions)
 
     async def check(self) -> None:
         """Refuses a Redis whose configuration would break the guarantees. Raises PersistenceError."""
@@ -138,6 +140,7 @@ class Pod:
             stores.postgres,
             stores.hydrator,
             stores.outbox,
+            stores.partitions,
         )
         self.wakeups = WakeUps(stores.client, stores.keys)
         self.streams = Streams(self.history, stores.sessions, stores.turn_logs, self.wakeups, stores.keys)
@@ -208,6 +211,7 @@ class Pod:
                 lambda: self.draining,
                 stores.outbox,
                 stores.epochs,
+                stores.partitions,
                 stores.scripts,
                 self.metrics,
             ),
@@ -288,10 +292,11 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
         stores.sessions,
         stores.postgres,
         stores.agents,
+        stores.partitions,
         session_timeout_s=settings.session_timeout_s,
     )
     watch = Watch(stores.scripts, stores.settler, of_worker=True)
-    sweep = Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator)
+    sweep = Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator, stores.partitions)
     return Worker(stores.outbox, stores.postgres, stores.sessions, housekeeping, watch, sweep)
 
 

@@ -13,14 +13,16 @@ from persistence.model.ids import masked
 from persistence.model.session import Access
 from persistence.postgres.postgres import Postgres
 from persistence.redis.keys import Keys
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
 from persistence.tasks import gather_bounded
 
 log = structlog.get_logger()
 
-AT_ONCE = 8
-"""Sessions compared side by side: visitors come first."""
+PARTITIONS_AT_ONCE = 4
+AT_ONCE = 2
+"""Sessions of a partition compared side by side: visitors come first."""
 BATCH = 500
 OPERATOR = Access(authorized=True, trusted=True)
 
@@ -28,27 +30,36 @@ OPERATOR = Access(authorized=True, trusted=True)
 class Sweep:
     """Goes through the sessions and the turn logs of each partition, once an epoch."""
 
-    def __init__(self, scripts: Scripts, keys: Keys, store: SessionStore, postgres: Postgres, hydrator: Hydrator) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        keys: Keys,
+        store: SessionStore,
+        postgres: Postgres,
+        hydrator: Hydrator,
+        partitions: Partitions,
+    ) -> None:
         self._scripts = scripts
+        self._partitions = partitions
         self._keys = keys
         self._store = store
         self._postgres = postgres
         self._hydrator = hydrator
 
     async def run_once(self) -> int:
-        """Sweeps the partitions with an epoch that nobody has swept; how many. Raises RedisUnavailable or
-        PostgresUnavailable."""
-        swept = 0
-        for partition in range(self._keys.partitions):
-            key = self._keys.epoch(partition)
-            epoch, done = await self._scripts.command("HMGET", key, "epoch", "swept")
-            if epoch is None or epoch == done:
-                continue
-            await self._sweep_sessions(partition, epoch)
-            await self._sweep_logs(partition)
-            await self._scripts.command("HSET", key, "swept", epoch)
-            swept += 1
-        return swept
+        """Sweeps the partitions with an epoch that nobody has swept; how many. Those that cannot be reached are passed over
+        until they can. Raises RedisUnavailable when none can, or PostgresUnavailable."""
+        return sum((await self._partitions.each(self._sweep, PARTITIONS_AT_ONCE)).results)
+
+    async def _sweep(self, partition: int) -> bool:
+        key = self._keys.epoch(partition)
+        epoch, done = await self._scripts.command("HMGET", key, "epoch", "swept")
+        if epoch is None or epoch == done:
+            return False
+        await self._sweep_sessions(partition, epoch)
+        await self._sweep_logs(partition)
+        await self._scripts.command("HSET", key, "swept", epoch)
+        return True
 
     async def _sweep_sessions(self, partition: int, epoch: bytes) -> None:
         cursor = 0

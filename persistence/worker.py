@@ -16,6 +16,7 @@ from persistence.housekeeping import Housekeeping
 from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.postgres.postgres import Postgres
 from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox
+from persistence.redis.partitions import Reached
 from persistence.redis.sessions import SessionStore
 from persistence.retry import Attempts, Backoff
 from persistence.sweep import Sweep
@@ -82,7 +83,10 @@ class Worker:
         attempts = Attempts(DRAIN_BACKOFF)
         while monotonic() < deadline:
             try:
-                if await self._flush(lambda: monotonic() < deadline) == 0:
+                flushed = await self._flush(lambda: monotonic() < deadline)
+                if flushed.unreachable:
+                    raise RedisUnavailable(f"{len(flushed.unreachable)} partitions cannot be reached")
+                if sum(flushed.results) == 0:
                     return True
             except (RedisUnavailable, PostgresUnavailable) as error:
                 log.warning("worker.drain_failed", error=str(error))
@@ -128,15 +132,15 @@ class Worker:
 
     async def flush_once(self) -> int:
         """Flushes up to one batch of each partition; the number of records taken."""
-        return await self._flush(lambda: False)
+        return sum((await self._flush(lambda: False)).results)
 
-    async def _flush(self, go_on: Callable[[], bool]) -> int:
-        """Flushes each partition, batch after batch while they are full and `go_on()`; the number of records taken."""
+    async def _flush(self, go_on: Callable[[], bool]) -> Reached[int]:
+        """Flushes each partition that can be reached, batch after batch while they are full and `go_on()`; the numbers of
+        records taken. Raises RedisUnavailable when none can be reached, or PostgresUnavailable."""
         claim = monotonic() >= self._claim_at
         if claim:
             self._claim_at = monotonic() + CLAIM_EVERY_S
-        done = await gather_bounded(self._flush_partition(partition, claim, go_on) for partition in self._outbox.partitions)
-        return sum(done)
+        return await self._outbox.partitions.each(lambda partition: self._flush_partition(partition, claim, go_on))
 
     async def _flush_partition(self, partition: int, claim: bool, go_on: Callable[[], bool]) -> int:
         taking = asyncio.Lock()

@@ -226,6 +226,7 @@ class SessionsApi:
                 avg_messages_per_session=round(average, 2),
                 total_messages=totals.messages,
                 exact=totals.exact,
+                partial=totals.partial,
             )
         )
 
@@ -236,11 +237,12 @@ class SessionsApi:
         agent = await self._agents.load(query.agent_id) if query.agent_id else None
         which = SessionFilter(agent.id if agent else None, query.status, query.website_domain, query.channel)
         with audited("sessions_listed", operator, agent=which.agent_id) as facts:
-            listed = await self._history.list_sessions(which, decode_cursor(query.cursor), query.limit + 1)
-            facts["sessions"] = min(len(listed), query.limit)
+            page = await self._history.list_sessions(which, decode_cursor(query.cursor), query.limit + 1)
+            facts |= {"sessions": min(len(page.sessions), query.limit), "partial": page.partial}
+        listed = page.sessions
         more, listed = len(listed) > query.limit, listed[: query.limit]
         views = [listed_view(one) for one in listed]
-        return answer(ListAnswer(views, encode_cursor(listed[-1].position) if more else None))
+        return answer(ListAnswer(views, encode_cursor(listed[-1].position) if more else None, page.partial))
 
     def endpoints(self) -> Sequence[Endpoint]:
         """The calls about sessions."""

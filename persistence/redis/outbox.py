@@ -5,15 +5,16 @@ The worker takes and acknowledges records; the gateway reads the backlog.
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import msgspec
 
 from persistence.model.codec import decode_record
 from persistence.model.session import Record
 from persistence.redis.keys import GROUP, Keys
+from persistence.redis.partitions import Partitions
 from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts
-from persistence.tasks import gather_bounded
 
 CLAIM_IDLE_MS = 10_000
 """A worker that has not touched its pending records for so long is taken for dead, and another one claims them."""
@@ -29,12 +30,21 @@ class Taken(msgspec.Struct):
 
 
 class Backlog(msgspec.Struct):
-    """Records on the outbox, their bytes, the age of the oldest in `lag_ms`, and the number of dead letters."""
+    """Records on the outbox, their bytes, the age of the oldest in `lag_ms`, and the number of dead letters; without those
+    of the partitions that are `unreachable`."""
 
     records: int
     bytes: int
     lag_ms: int
     dead: int
+    unreachable: int = 0
+
+
+class Waiting(NamedTuple):
+    """The sessions with records on the outbox, None when there are too many; how many partitions are not among it."""
+
+    session_ids: set[str] | None
+    unreachable: int
 
 
 class DeadLetter(msgspec.Struct):
@@ -51,11 +61,11 @@ class DeadLetter(msgspec.Struct):
 class Outbox:
     """The outboxes of all partitions, for one `consumer` of the group."""
 
-    def __init__(self, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
+    def __init__(self, scripts: Scripts, keys: Keys, consumer: str = "", partitions: Partitions | None = None) -> None:
         self._scripts = scripts
         self._keys = keys
         self._consumer = consumer
-        self.partitions = range(keys.partitions)
+        self.partitions = partitions or Partitions(scripts, keys)
 
     async def take(self, partition: int, count: int, *, claim: bool = False, after: bytes = b"0") -> Taken:
         """Up to `count` records: this consumer's pending ones behind the entry `after`; if it has none, new ones, and with
@@ -132,21 +142,21 @@ class Outbox:
         return bool(reply[0] == "moved")
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """The oldest dead letters, up to `limit` of each partition."""
+        """The oldest dead letters, up to `limit` of each partition that can be reached. Raises RedisUnavailable when none
+        can."""
+        return (await self.find_dead_letters(limit))[0]
+
+    async def find_dead_letters(self, limit: int = 100) -> tuple[list[DeadLetter], int]:
+        """As `dead_letters`, and the number of partitions that cannot be reached."""
+        found, unreachable = await self.partitions.each(lambda partition: self._dead_letters(partition, limit))
+        return list(chain.from_iterable(found)), len(unreachable)
+
+    async def _dead_letters(self, partition: int, limit: int) -> list[DeadLetter]:
         found = []
-        for partition in self.partitions:
-            for entry, fields in await self._range(self._keys.dead(partition), limit):
-                text = {name: value.decode(errors="replace") for name, value in _pairs(fields)}
-                found.append(
-                    DeadLetter(
-                        partition,
-                        entry.decode(),
-                        text.get(b"session_id", ""),
-                        text.get(b"fact", ""),
-                        text.get(b"reason", ""),
-                        text.get(b"died_at", ""),
-                    )
-                )
+        for entry, fields in await self._range(self._keys.dead(partition), limit):
+            text = {name: value.decode(errors="replace") for name, value in _pairs(fields)}
+            names = (b"session_id", b"fact", b"reason", b"died_at")
+            found.append(DeadLetter(partition, entry.decode(), *(text.get(name, "") for name in names)))
         return found
 
     async def retry_dead(self, letter: DeadLetter) -> bool:
@@ -156,26 +166,37 @@ class Outbox:
         reply = await self._scripts.run("retry_dead", session_id, keys, {"dead_entry": letter.entry})
         return bool(reply[0] == "queued")
 
-    async def session_ids(self, limit: int) -> set[str] | None:
-        """The sessions with records on the outbox; None when it has more than `limit` records."""
-        found: set[str] = set()
-        outboxes = [self._keys.outbox(partition) for partition in self.partitions]
-        lists = await gather_bounded(self._range(outbox, limit + 1) for outbox in outboxes)
+    async def session_ids(self, limit: int) -> Waiting:
+        """The sessions with records on the outbox, unless it has more than `limit` records. Raises RedisUnavailable when no
+        partition can be reached."""
+        lists, unreachable = await self.partitions.each(
+            lambda partition: self._range(self._keys.outbox(partition), limit + 1)
+        )
         if sum(map(len, lists)) > limit:
-            return None
+            return Waiting(None, len(unreachable))
+        found: set[str] = set()
         for _, fields in chain.from_iterable(lists):
             found.update(value.decode() for name, value in _pairs(fields) if name == b"session_id")
-        return found
+        return Waiting(found, len(unreachable))
 
     async def backlog(self, now_ms: int) -> Backlog:
-        """How far Postgres is behind, over all partitions, at `now_ms` (Unix time)."""
-        outboxes = [self._keys.outbox(partition) for partition in self.partitions]
-        records = await gather_bounded(self._length(outbox) for outbox in outboxes)
-        counted = await gather_bounded(self._bytes(partition) for partition in self.partitions)
-        dead = await gather_bounded(self._length(self._keys.dead(partition)) for partition in self.partitions)
-        oldest = await gather_bounded(self._range(outbox, 1) for outbox in outboxes)
-        lags = [now_ms - int(entry.split(b"-")[0]) for entry, _ in chain.from_iterable(oldest)]
-        return Backlog(sum(records), sum(counted), max(lags, default=0), sum(dead))
+        """How far Postgres is behind, over all partitions that can be reached, at `now_ms` (Unix time). Raises
+        RedisUnavailable when none can."""
+        parts, unreachable = await self.partitions.each(lambda partition: self._backlog(partition, now_ms))
+        return Backlog(
+            sum(part.records for part in parts),
+            sum(part.bytes for part in parts),
+            max((part.lag_ms for part in parts), default=0),
+            sum(part.dead for part in parts),
+            len(unreachable),
+        )
+
+    async def _backlog(self, partition: int, now_ms: int) -> Backlog:
+        outbox = self._keys.outbox(partition)
+        records, counted = await self._length(outbox), await self._bytes(partition)
+        dead, oldest = await self._length(self._keys.dead(partition)), await self._range(outbox, 1)
+        lag_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
+        return Backlog(records, counted, lag_ms, dead)
 
     async def _length(self, key: str) -> int:
         return int(await self._scripts.command("XLEN", key))

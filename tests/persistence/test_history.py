@@ -143,7 +143,7 @@ async def test_the_list_is_the_same_at_every_page_size(stores: Stores, flush: Fl
     history, position = history_of(stores), None
     found: list[tuple[str, bool]] = []
     while True:
-        page = await history.list_sessions(SessionFilter(), position, limit)
+        page = (await history.list_sessions(SessionFilter(), position, limit)).sessions
         found += [(listed.session.session_id, listed.live) for listed in page]
         if len(page) < limit:
             break

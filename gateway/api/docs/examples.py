@@ -207,6 +207,7 @@ STORY = (
                 }
             ],
             "next_cursor": None,
+            "partial": False,
         },
     ),
     Example(
@@ -220,6 +221,7 @@ STORY = (
             "avg_messages_per_session": 4.0,
             "total_messages": 4,
             "exact": True,
+            "partial": False,
         },
     ),
     Example(

@@ -338,7 +338,7 @@ async def test_the_list_of_sessions_is_whole_page_by_page(layer: Layer, worker: 
     ids += await many(layer, 8)
     listed: list[str] = []
     after = None
-    while page := await history.list_sessions(SessionFilter(agent_id=AGENT_ID), after, 5):
+    while page := (await history.list_sessions(SessionFilter(agent_id=AGENT_ID), after, 5)).sessions:
         listed += [one.session.session_id for one in page]
         after = page[-1].position
         positions = [one.position for one in page]
@@ -366,8 +366,8 @@ async def test_the_backlog_is_counted_over_all_partitions(layer: Layer, stores: 
     backlog = await stores.outbox.backlog(await layer.redis_ms() + 5000)
     assert backlog.records == 48
     assert 5000 <= backlog.lag_ms < 65_000
-    assert await stores.outbox.session_ids(100) == set(ids)
-    assert await stores.outbox.session_ids(47) is None
+    assert await stores.outbox.session_ids(100) == (set(ids), 0)
+    assert await stores.outbox.session_ids(47) == (None, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------ over HTTP
