@@ -2,31 +2,37 @@
 
 Postgres owns the definitions; Redis has a copy of each, which pods look up again after at most 2 s. So a change is on
 every pod within seconds, and agents are found while Postgres is down.
+
+While Redis cannot be reached, or the shard with an agent's copy, a pod goes on with the definition that it knows, whatever
+its age; one that knows none asks Postgres. So an agent that is deleted or switched off meanwhile is so at once on the pod
+that did it, and on every other as soon as Redis can be reached and has been told: the operator's call fails until then, and
+has to be repeated. An agent that Redis has no copy of and Postgres does not know is gone.
 """
 
+import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any, NamedTuple
 
 import msgspec
-import structlog
 from uuid_utils import uuid7
 
 from gateway.access.audit import Operator, audited, changed
 from gateway.access.domains import check_allowed_domains
 from gateway.access.tokens import fingerprint
+from gateway.definitions import Definitions
 from gateway.problems import AgentNotFound, InvalidField, NameTaken, invalid_field
 from persistence.errors import DataRefused, PostgresUnavailable, RedisUnavailable
 from persistence.model.agents import Agent, AgentDefinition, null_parts
 from persistence.model.ids import as_uuid
 from persistence.postgres.postgres import Postgres
 from persistence.redis.agent_copies import AgentCopies
+from persistence.tasks import retrieve
 
-log = structlog.get_logger()
-
-FRESH_S = 2.0
-REMEMBERED = 10_000
+COPY_S = 0.5
+"""How long Redis has for the copy of an agent that the pod does not know, before Postgres is asked."""
 
 Document = dict[str, Any]
 """An agent as JSON: its definition, and perhaps `id` and `name`; `document_of` makes the whole of it."""
@@ -45,14 +51,6 @@ class Written(NamedTuple):
     before: Agent | None
 
 
-class _Known(NamedTuple):
-    """An agent (None: there is none) as it was looked up, and until when that is good enough. Times are the clock's."""
-
-    agent: Agent | None
-    looked_up_s: float
-    fresh_until_s: float
-
-
 def no_check(definition: AgentDefinition, stored: AgentDefinition | None) -> None:
     """The check that refuses nothing."""
 
@@ -63,65 +61,49 @@ class Agents:
     def __init__(self, copies: AgentCopies, postgres: Postgres, *, clock: Callable[[], float] = monotonic) -> None:
         self._copies = copies
         self._postgres = postgres
-        self._clock = clock
-        self._known: dict[str, _Known] = {}
-        self._asking: set[str] = set()
+        self._definitions = Definitions(self._look_up, clock)
 
     async def load(self, reference: str) -> Agent:
-        """The agent with this UUID or name, as of at most 2 s ago; while Redis cannot be reached, as it was known last.
-
-        So an agent that is deleted or switched off in that time goes on, on pods that know it, until Redis is back. Raises
-        AgentNotFound.
-        """
-        now = self._clock()
-        known = self._known.get(reference)
-        if known is None or (now > known.fresh_until_s and reference not in self._asking):
-            _check_reference(reference)
-            known = await self._ask(reference, known, now)
-        if known.agent is None:
+        """The agent with this UUID or name: as of at most 2 s ago, or as it is known while Redis cannot be reached. Raises
+        AgentNotFound, and RedisUnavailable when neither store tells of one that is not known."""
+        agent = await self.find(reference)
+        if agent is None:
             raise AgentNotFound
-        return known.agent
+        return agent
 
-    async def _ask(self, reference: str, known: _Known | None, now: float) -> _Known:
-        """Looks an agent up; one call at a time, while others go on with what is known."""
-        self._asking.add(reference)
-        try:
-            found = _Known(await self._look_up(reference), now, now + FRESH_S)
-        except RedisUnavailable as error:
-            if known is None:
-                raise
-            age_s = round(now - known.looked_up_s, 1)
-            log.warning("agents.stale", agent=reference, age_s=age_s, error=str(error))
-            found = known._replace(fresh_until_s=self._clock() + FRESH_S)
-        finally:
-            self._asking.discard(reference)
-        if len(self._known) >= REMEMBERED:
-            self._known.clear()
-        self._known[reference] = found
-        return found
+    async def find(self, reference: str) -> Agent | None:
+        """As `load`; None when there is no such agent."""
+        if self.known(reference) is None:
+            _check_reference(reference)
+        return await self._definitions.find(reference)
 
     async def _look_up(self, reference: str) -> Agent | None:
+        copying = asyncio.ensure_future(self._copies.find(reference))
+        copying.add_done_callback(retrieve)
         try:
-            agent = await self._copies.find(reference)
-        except RedisUnavailable:
-            if reference in self._known:
-                raise
-            # Its part of Redis is away: whoever has not met the agent yet asks Postgres.
-            return await self._postgres.find_agent(reference)
+            if self.known(reference) is None:
+                # Nobody is answered without a definition, so a copy that cannot be had soon is not waited for.
+                await asyncio.wait({copying}, timeout=COPY_S)
+                if not copying.done() or isinstance(copying.exception(), RedisUnavailable):
+                    with suppress(PostgresUnavailable):
+                        return await self._postgres.find_agent(reference)
+            agent = await copying
+        finally:
+            copying.cancel()
         if agent is None:
             try:
                 agent = await self._postgres.find_agent(reference)
                 if agent is not None:
                     agent = await self._copy(agent)
-            except PostgresUnavailable:
-                # Redis has a copy of every agent that was ever written or looked up: without one it does not exist.
+            except (PostgresUnavailable, RedisUnavailable):
+                # Redis has a copy of every agent that was ever written or looked up: without one it does not exist, unless
+                # Postgres has just told of it and cannot tell Redis.
                 return agent
         return agent
 
     def known(self, reference: str) -> Agent | None:
         """The agent as it was last looked up; asks neither store."""
-        found = self._known.get(reference)
-        return found.agent if found else None
+        return self._definitions.known(reference)
 
     async def load_stored(self, reference: str) -> Agent:
         """The agent with this UUID or name as Postgres has it now. Raises AgentNotFound, PostgresUnavailable."""
@@ -174,8 +156,11 @@ class Agents:
                 if error.constraint:
                     raise NameTaken from error
                 raise InvalidField(f"definition: {error}", field="definition") from error
-            await self._copy(agent)
-            self._known.clear()
+            try:
+                await self._copy(agent)
+            finally:
+                # Also when Redis cannot be told: Postgres has it, and here it holds.
+                self._definitions.clear()
             facts |= {"agent": agent.id, "created": before is None}
         return Written(agent, before)
 
@@ -199,8 +184,10 @@ class Agents:
         with audited("agent_deleted", operator) as facts:
             agent = await self.load_stored(reference)
             await self._postgres.delete_agent(agent.id)
-            await self._copies.delete(agent)
-            self._known.clear()
+            try:
+                await self._copies.delete(agent)
+            finally:
+                self._definitions.clear()
             facts["agent"] = agent.id
         return agent
 

@@ -57,6 +57,7 @@ from persistence.redis.connection import Client, connect, connect_to
 from persistence.redis.epochs import Epochs, Fences
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
+from persistence.redis.partitions import Partitions
 from persistence.redis.probe import Probe
 from persistence.redis.scripts import Scripts
 from persistence.redis.server_check import check_server
@@ -89,7 +90,7 @@ class Stores:
             Rescue(connect_one, self.keys, self.postgres, name).leave if of_worker else Wait(connect_one, self.keys).leave
         )
         self.epochs = Epochs(self.keys, fences)
-        self.settler = Settler(self.epochs, self.postgres, settings.partition_count)
+        self.settler = Settler(self.epochs, self.postgres)
         self.scripts = Scripts(self.client, settle=self.settler.settle, leave=leave, replicas=settings.redis_replicas)
         self.watch = Watch(self.scripts, self.settler, of_worker=False)
         self.sessions = SessionStore(
@@ -102,9 +103,10 @@ class Stores:
         )
         self.turn_logs = TurnLogs(self.scripts, self.keys)
         self.agent_copies = AgentCopies(self.scripts, self.keys)
-        self.hydrator = Hydrator(self.sessions, self.postgres, self.agent_copies)
         self.agents = Agents(self.agent_copies, self.postgres)
-        self.outbox = Outbox(self.scripts, self.keys, name)
+        self.hydrator = Hydrator(self.sessions, self.postgres, self.agents)
+        self.partitions = Partitions(self.scripts, self.keys)
+        self.outbox = Outbox(self.scripts, self.keys, name, self.partitions)
 
     async def check(self) -> None:
         """Refuses a Redis whose configuration would break the guarantees. Raises PersistenceError."""
@@ -139,6 +141,7 @@ class Pod:
             stores.postgres,
             stores.hydrator,
             stores.outbox,
+            stores.partitions,
         )
         self.wakeups = WakeUps(stores.client, stores.keys)
         self.streams = Streams(self.history, stores.sessions, stores.turn_logs, self.wakeups, stores.keys)
@@ -211,6 +214,7 @@ class Pod:
                 lambda: self.supervisor.down,
                 stores.outbox,
                 stores.epochs,
+                stores.partitions,
                 stores.scripts,
                 self.metrics,
             ),
@@ -279,11 +283,12 @@ async def build_worker(settings: Settings, stores: Stores) -> Worker:
         stores.keys,
         stores.sessions,
         stores.postgres,
-        stores.agent_copies,
+        stores.agents,
+        stores.partitions,
         session_timeout_s=settings.session_timeout_s,
     )
     watch = Watch(stores.scripts, stores.settler, of_worker=True)
-    sweep = Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator)
+    sweep = Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator, stores.partitions)
     return Worker(stores.outbox, stores.postgres, stores.sessions, housekeeping, watch, sweep)
 
 

@@ -42,6 +42,11 @@ class Metrics:
             "gateway_partitions_unreachable", "Partitions that could not be reached just now", registry=self.registry
         )
         self.dead_letters = Gauge("gateway_dead_letters", "Records that Postgres refused", registry=self.registry)
+        self.partitions_unreachable = Gauge(
+            "gateway_partitions_unreachable",
+            "Partitions that did not answer and are missing in what is told of the outbox",
+            registry=self.registry,
+        )
         self._epochs: dict[int, Epoch] = {}
         self._redis_epoch = Gauge(
             "gateway_redis_epoch",

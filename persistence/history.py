@@ -3,11 +3,14 @@
 Redis is read first. A turn leaves Redis only after Postgres has it, so Postgres has whatever the first read missed.
 """
 
+from collections import defaultdict
+from collections.abc import Callable, Coroutine, Iterable
 from itertools import chain
+from typing import Any, NamedTuple
 
 import msgspec
 
-from persistence.errors import PostgresUnavailable, RedisUnavailable
+from persistence.errors import PostgresUnavailable
 from persistence.hydrator import Hydrator
 from persistence.model.session import Access, Session, StoredMessage, transcript
 from persistence.model.times import moment
@@ -15,7 +18,7 @@ from persistence.postgres.postgres import Postgres, SessionFilter
 from persistence.redis.keys import Keys
 from persistence.redis.outbox import Outbox
 from persistence.redis.outcomes import Absent, Hot, Refused
-from persistence.redis.partitions import Partitions
+from persistence.redis.partitions import Partitions, Result
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
 from persistence.redis.turn_logs import Following, TurnLogs
@@ -44,9 +47,9 @@ class ListedSession(msgspec.Struct):
         return self.session.last_activity_at, self.session.session_id
 
 
-class SessionList(msgspec.Struct):
-    """Sessions of a list; `partial` when a part of Redis could not be reached, whose live sessions are as Postgres has
-    them."""
+class SessionPage(NamedTuple):
+    """A page of a list; `partial` when partitions could not be reached: of their sessions only those are listed that
+    Postgres has, as it has them."""
 
     sessions: list[ListedSession]
     partial: bool
@@ -54,13 +57,13 @@ class SessionList(msgspec.Struct):
 
 class Statistics(msgspec.Struct):
     """Totals. `exact` is False when more than COUNTED_ONE_BY_ONE records wait for Postgres: those are left out then. They
-    are `partial` when a part of Redis could not be reached, so that what waits there is left out too."""
+    are `partial` when partitions could not be reached, whose sessions are counted as Postgres has them."""
 
     total_sessions: int
     active_sessions: int
     messages: int
     exact: bool
-    partial: bool = False
+    partial: bool
 
 
 class History:
@@ -75,6 +78,7 @@ class History:
         postgres: Postgres,
         hydrator: Hydrator,
         outbox: Outbox,
+        partitions: Partitions,
     ) -> None:
         self._scripts = scripts
         self._logs = logs
@@ -83,7 +87,7 @@ class History:
         self._postgres = postgres
         self._hydrator = hydrator
         self._outbox = outbox
-        self._partitions = Partitions(keys.partitions)
+        self._partitions = partitions
 
     async def find_session(self, session_id: str, access: Access, turns: int = 0) -> Hot | Refused | None:
         """The session with its newest `turns` hot turns, hydrated first if need be. None: in neither store."""
@@ -121,33 +125,49 @@ class History:
         oldest = page[0].seq if page else 1
         return MessagePage(page, oldest if oldest > 1 else None)
 
-    async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> SessionList:
+    async def list_sessions(self, which: SessionFilter, after: tuple[str, str] | None, limit: int) -> SessionPage:
         """Live and stored sessions by last activity, newest first, behind the position `after` (last_activity_at,
-        session_id). Raises PostgresUnavailable."""
-        live, unreachable = await self._live_sessions(which, after, limit)
+        session_id). Raises PostgresUnavailable, and RedisUnavailable when no partition can be reached."""
+        live, partial = await self._live_sessions(which, after, limit)
         stored: list[ListedSession] = []
         position = after
         while len(stored) < limit:
             rows = await self._postgres.list_sessions(which, position, limit)
-            hot = await gather_bounded(self._is_in_redis(row.session_id) for row in rows)
-            stored += [ListedSession(row, False) for row, in_redis in zip(rows, hot, strict=True) if not in_redis]
+            in_redis, unreachable = await self._of_sessions((row.session_id for row in rows), self._is_in_redis)
+            partial |= unreachable
+            stored += [ListedSession(row, False) for row in rows if not in_redis.get(row.session_id)]
             if len(rows) < limit:
                 break
             position = (rows[-1].last_activity_at, rows[-1].session_id)
         merged = sorted(live + stored, key=lambda listed: listed.position, reverse=True)
-        return SessionList(merged[:limit], unreachable > 0)
+        return SessionPage(merged[:limit], partial)
+
+    async def _of_sessions(
+        self, session_ids: Iterable[str], find: Callable[[str], Coroutine[Any, Any, Result]]
+    ) -> tuple[dict[str, Result], bool]:
+        """What is found of each session, without those on partitions that cannot be reached, and whether there are such."""
+        by_partition: defaultdict[int, list[str]] = defaultdict(list)
+        for session_id in session_ids:
+            by_partition[self._keys.partition(session_id)].append(session_id)
+
+        async def find_all(partition: int) -> list[tuple[str, Result]]:
+            ids = by_partition[partition]
+            return list(zip(ids, await gather_bounded(map(find, ids)), strict=True))
+
+        found, unreachable = await self._partitions.some(by_partition, find_all)
+        return dict(chain.from_iterable(found)), bool(unreachable)
 
     async def _live_sessions(
         self, which: SessionFilter, after: tuple[str, str] | None, limit: int
-    ) -> tuple[list[ListedSession], int]:
+    ) -> tuple[list[ListedSession], bool]:
         highest = "+inf"
         if after is not None:
             # Scores are rounded to milliseconds as the text is, so the position's own millisecond is read again.
             highest = str(int(moment(after[0]).timestamp() * 1000))
-        lists, unreachable = await self._partitions.gather(
+        lists, unreachable = await self._partitions.each(
             lambda partition: self._live_of_partition(partition, which, after, highest, limit)
         )
-        return list(chain.from_iterable(lists)), unreachable
+        return list(chain.from_iterable(lists)), bool(unreachable)
 
     async def _live_of_partition(
         self, partition: int, which: SessionFilter, after: tuple[str, str] | None, highest: str, limit: int
@@ -172,25 +192,22 @@ class History:
 
     async def _is_in_redis(self, session_id: str) -> bool:
         """Whether Redis has the session: live, or erased but not yet in Postgres."""
-        try:
-            return not isinstance(await self._store.read(session_id, OPERATOR, any_epoch=True), Absent)
-        except RedisUnavailable:
-            return False
+        return not isinstance(await self._store.read(session_id, OPERATOR, any_epoch=True), Absent)
 
     async def load_statistics(self, agent_id: str | None) -> Statistics:
-        """Totals over an agent's sessions (None: all). Raises PostgresUnavailable.
+        """Totals over an agent's sessions (None: all). Raises PostgresUnavailable, and RedisUnavailable when no partition
+        can be reached.
 
         Sessions with records on the outbox are counted from Redis, all others from Postgres.
         """
-        waiting = await self._outbox.session_ids(COUNTED_ONE_BY_ONE)
-        left_out = waiting.results[0] if waiting else []
-        live = await gather_bounded(self._find_live(session_id) for session_id in left_out)
-        totals = await self._postgres.totals(agent_id, left_out)
-        of_agent = [session for session in live if session and agent_id in (None, session.agent_id)]
+        waiting, missing = await self._outbox.session_ids(COUNTED_ONE_BY_ONE)
+        live, unreachable = await self._of_sessions(waiting or (), self._find_live)
+        totals = await self._postgres.totals(agent_id, sorted(live))
+        of_agent = [session for session in live.values() if session and agent_id in (None, session.agent_id)]
         return Statistics(
             totals.sessions + len(of_agent),
             totals.active + sum(session.status == "active" for session in of_agent),
             totals.messages + sum(session.message_count for session in of_agent),
             waiting is not None,
-            waiting is not None and waiting.unreachable > 0,
+            bool(missing) or unreachable,
         )

@@ -7,15 +7,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from enum import Enum
 from time import monotonic
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import structlog
 
 from persistence.errors import PostgresUnavailable, RedisUnavailable
-from persistence.model.agents import AgentDefinition
+from persistence.model.agents import Agent, AgentDefinition
 from persistence.model.ids import as_uuid, masked
 from persistence.postgres.postgres import Postgres, Transaction
-from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.outcomes import Absent, Reconciled
 from persistence.redis.sessions import SessionStore
 
@@ -39,11 +38,17 @@ class Hydrated(Enum):
     WAITING = "waiting"
 
 
+class FindsAgents(Protocol):
+    """Finds definitions: a pod's also while the shard with the copy is away."""
+
+    async def find(self, reference: str) -> Agent | None: ...
+
+
 class Hydrator:
     """Hydrates sessions, under the ticket that Redis gave before Postgres was read: a pod that stalled in between cannot
     install an old session over a newer one. `postgres` may be one of its transactions."""
 
-    def __init__(self, store: SessionStore, postgres: Postgres | Transaction, agents: AgentCopies) -> None:
+    def __init__(self, store: SessionStore, postgres: Postgres | Transaction, agents: FindsAgents) -> None:
         self._store = store
         self._postgres = postgres
         self._agents = agents

@@ -8,10 +8,9 @@ import asyncio
 
 import structlog
 
-from persistence.errors import PostgresUnavailable
+from persistence.errors import PostgresUnavailable, RedisUnavailable
 from persistence.postgres.postgres import Postgres
 from persistence.redis.epochs import Epochs, Mark, RunAll
-from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 
 log = structlog.get_logger()
@@ -23,9 +22,8 @@ POSTGRES_TIMEOUT_S = 0.5
 class Settler:
     """Begins epochs, in Redis and in Postgres."""
 
-    def __init__(self, epochs: Epochs, postgres: Postgres, partitions: int) -> None:
+    def __init__(self, epochs: Epochs, postgres: Postgres) -> None:
         self._epochs = epochs
-        self._partitions = Partitions(partitions)
         self._postgres = postgres
 
     async def settle(self, server: str, run_all: RunAll) -> bool:
@@ -52,15 +50,18 @@ class Settler:
 
     async def look(self, scripts: Scripts) -> int:
         """Ends the epochs of partitions of which Postgres knows a newer one, or that have sessions that nobody has compared
-        with it; how many. Raises PersistenceError."""
+        with it; how many. Those that cannot be reached have to wait. Raises PersistenceError."""
         known = await self._postgres.load_marks()
-        held, _ = await self._partitions.gather(lambda partition: self._epochs.read(scripts, partition))
+        held = await self._epochs.read_all(scripts)
         begun = {}
         for one in held:
             mark = known.get(one.partition, (0, 0))[0]
             if one.epoch and (one.epoch < mark or one.vouched):
                 after = one.epoch if one.vouched else mark - 1
-                begun[one.partition] = await self._epochs.end(scripts, one, after)
+                try:
+                    begun[one.partition] = await self._epochs.end(scripts, one, after)
+                except RedisUnavailable as error:
+                    log.warning("redis.epoch_not_ended", partition=one.partition, error=str(error))
         if begun:
             log.warning("redis.epoch_ended", partitions=len(begun), epoch=max(begun.values()))
             await self._raise(begun)

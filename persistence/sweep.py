@@ -20,8 +20,9 @@ from persistence.tasks import gather_bounded
 
 log = structlog.get_logger()
 
-AT_ONCE = 8
-"""Sessions compared side by side: visitors come first."""
+PARTITIONS_AT_ONCE = 4
+AT_ONCE = 2
+"""Sessions of a partition compared side by side: visitors come first."""
 BATCH = 500
 OPERATOR = Access(authorized=True, trusted=True)
 
@@ -29,19 +30,26 @@ OPERATOR = Access(authorized=True, trusted=True)
 class Sweep:
     """Goes through the sessions and the turn logs of each partition, once an epoch."""
 
-    def __init__(self, scripts: Scripts, keys: Keys, store: SessionStore, postgres: Postgres, hydrator: Hydrator) -> None:
+    def __init__(
+        self,
+        scripts: Scripts,
+        keys: Keys,
+        store: SessionStore,
+        postgres: Postgres,
+        hydrator: Hydrator,
+        partitions: Partitions,
+    ) -> None:
         self._scripts = scripts
+        self._partitions = partitions
         self._keys = keys
         self._store = store
         self._postgres = postgres
         self._hydrator = hydrator
-        self._partitions = Partitions(keys.partitions)
 
     async def run_once(self) -> int:
-        """Sweeps the partitions with an epoch that nobody has swept; how many. Raises RedisUnavailable or
-        PostgresUnavailable."""
-        done, _ = await self._partitions.gather(self._sweep)
-        return sum(done)
+        """Sweeps the partitions with an epoch that nobody has swept; how many. Those that cannot be reached are passed over
+        until they can. Raises RedisUnavailable when none can, or PostgresUnavailable."""
+        return sum((await self._partitions.each(self._sweep, PARTITIONS_AT_ONCE)).results)
 
     async def _sweep(self, partition: int) -> bool:
         key = self._keys.epoch(partition)

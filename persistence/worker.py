@@ -16,7 +16,7 @@ from persistence.housekeeping import Housekeeping
 from persistence.model.fields import SESSION_FIELDS, SessionFields
 from persistence.postgres.postgres import Postgres
 from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox
-from persistence.redis.partitions import Partitions
+from persistence.redis.partitions import Reached
 from persistence.redis.sessions import SessionStore
 from persistence.retry import Attempts, Backoff
 from persistence.sweep import Sweep
@@ -55,8 +55,6 @@ class Worker:
         fields: SessionFields = SESSION_FIELDS,
     ) -> None:
         self._outbox = outbox
-        self._partitions = Partitions(len(outbox.partitions))
-        self._unreachable = 0
         self._flusher = Flusher(outbox, postgres, sessions, fields)
         self.housekeeping = housekeeping
         self._watch = watch
@@ -87,10 +85,11 @@ class Worker:
         attempts = Attempts(DRAIN_BACKOFF)
         while monotonic() < deadline:
             try:
-                if await self._flush(lambda: monotonic() < deadline) == 0:
-                    if not self._unreachable:
-                        return True
-                    await asyncio.sleep(FLUSH_EVERY_S)
+                flushed = await self._flush(lambda: monotonic() < deadline)
+                if flushed.unreachable:
+                    raise RedisUnavailable(f"{len(flushed.unreachable)} partitions cannot be reached")
+                if sum(flushed.results) == 0:
+                    return True
             except (RedisUnavailable, PostgresUnavailable) as error:
                 log.warning("worker.drain_failed", error=str(error))
                 await attempts.pause(error)
@@ -138,18 +137,15 @@ class Worker:
 
     async def flush_once(self) -> int:
         """Flushes up to one batch of each partition; the number of records taken."""
-        return await self._flush(lambda: False)
+        return sum((await self._flush(lambda: False)).results)
 
-    async def _flush(self, go_on: Callable[[], bool]) -> int:
-        """Flushes each partition, batch after batch while they are full and `go_on()`; the number of records taken."""
+    async def _flush(self, go_on: Callable[[], bool]) -> Reached[int]:
+        """Flushes each partition that can be reached, batch after batch while they are full and `go_on()`; the numbers of
+        records taken. Raises RedisUnavailable when none can be reached, or PostgresUnavailable."""
         claim = monotonic() >= self._claim_at
         if claim:
             self._claim_at = monotonic() + CLAIM_EVERY_S
-        done, unreachable = await self._partitions.gather(lambda partition: self._flush_partition(partition, claim, go_on))
-        if unreachable != self._unreachable:
-            log.warning("worker.partitions_unreachable", partitions=unreachable)
-        self._unreachable = unreachable
-        return sum(done)
+        return await self._outbox.partitions.each(lambda partition: self._flush_partition(partition, claim, go_on))
 
     async def _flush_partition(self, partition: int, claim: bool, go_on: Callable[[], bool]) -> int:
         taking = asyncio.Lock()

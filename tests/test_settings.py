@@ -262,4 +262,4 @@ async def test_a_wrong_address_of_postgres_never_makes_dead_letters(
     finally:
         await lost.close()
     assert await stores.outbox.dead_letters() == []
-    assert await stores.outbox.session_ids(10) == ([[new.session_id]], 0)
+    assert await stores.outbox.session_ids(10) == ({new.session_id}, 0)

@@ -3,6 +3,7 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from time import time
 from typing import Annotated, Any, Literal
 
@@ -17,6 +18,7 @@ from gateway.metrics import Metrics
 from persistence.errors import PersistenceError
 from persistence.redis.epochs import Epochs
 from persistence.redis.outbox import Outbox
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 
 _CODES = {
@@ -67,6 +69,7 @@ class OpsApi:
         tasks_down: Callable[[], list[str]],
         outbox: Outbox,
         epochs: Epochs,
+        partitions: Partitions,
         scripts: Scripts,
         metrics: Metrics,
     ) -> None:
@@ -76,6 +79,7 @@ class OpsApi:
         self._tasks_down = tasks_down
         self._outbox = outbox
         self._epochs = epochs
+        self._partitions = partitions
         self._scripts = scripts
         self._metrics = metrics
 
@@ -99,14 +103,15 @@ class OpsApi:
         return answer(readiness, 200 if ready else 503)
 
     async def metrics(self, request: Request) -> Response:
-        """GET /metrics"""
+        """GET /metrics: of the partitions that can be reached; 503 when none can."""
         backlog = await self._outbox.backlog(int(time() * 1000))
         self._metrics.outbox_records.set(backlog.records)
         self._metrics.outbox_bytes.set(backlog.bytes)
         self._metrics.outbox_lag_seconds.set(backlog.lag_ms / 1000)
         self._metrics.dead_letters.set(backlog.dead)
-        self._metrics.partitions_unreachable.set(backlog.unreachable)
-        self._metrics.show_epochs(await self._epochs.read_all(self._scripts))
+        epochs = await self._partitions.each(partial(self._epochs.read, self._scripts))
+        self._metrics.show_epochs(epochs.results)
+        self._metrics.partitions_unreachable.set(max(backlog.unreachable, len(epochs.unreachable)))
         self._metrics.foreign_replies.set(self._scripts.foreign_replies)
         return Response(self._metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 

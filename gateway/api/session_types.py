@@ -120,7 +120,10 @@ class StatisticsAnswer(msgspec.Struct):
     exact: Annotated[
         bool, Meta(description="False while so many records wait for Postgres that they are not counted one by one")
     ]
-    partial: Annotated[bool, Meta(description="True while a part of Redis cannot be reached: what waits there is left out")]
+    partial: Annotated[
+        bool,
+        Meta(description="True while a part of Redis is away: sessions there are counted as Postgres has them"),
+    ]
 
 
 class ListAnswer(msgspec.Struct):
@@ -129,7 +132,12 @@ class ListAnswer(msgspec.Struct):
     sessions: Annotated[list[ListedAnswer], Meta(description="By last activity, newest first")]
     next_cursor: Annotated[str | None, Meta(description="`cursor` of the next page, null on the last one")]
     partial: Annotated[
-        bool, Meta(description="True while a part of Redis cannot be reached: its live sessions are as Postgres has them")
+        bool,
+        Meta(
+            description=(
+                "True while a part of Redis is away: of the sessions there, those in Postgres are listed, as they are there"
+            )
+        ),
     ]
 
 

@@ -237,12 +237,12 @@ class SessionsApi:
         agent = await self._agents.load(query.agent_id) if query.agent_id else None
         which = SessionFilter(agent.id if agent else None, query.status, query.website_domain, query.channel)
         with audited("sessions_listed", operator, agent=which.agent_id) as facts:
-            found = await self._history.list_sessions(which, decode_cursor(query.cursor), query.limit + 1)
-            listed = found.sessions
-            facts["sessions"] = min(len(listed), query.limit)
+            page = await self._history.list_sessions(which, decode_cursor(query.cursor), query.limit + 1)
+            facts |= {"sessions": min(len(page.sessions), query.limit), "partial": page.partial}
+        listed = page.sessions
         more, listed = len(listed) > query.limit, listed[: query.limit]
         views = [listed_view(one) for one in listed]
-        return answer(ListAnswer(views, encode_cursor(listed[-1].position) if more else None, found.partial))
+        return answer(ListAnswer(views, encode_cursor(listed[-1].position) if more else None, page.partial))
 
     def endpoints(self) -> Sequence[Endpoint]:
         """The calls about sessions."""

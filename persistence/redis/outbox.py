@@ -5,18 +5,16 @@ The worker takes and acknowledges records; the gateway reads the backlog.
 
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import msgspec
-import structlog
 
 from persistence.model.codec import decode_record
 from persistence.model.session import Record
 from persistence.redis.keys import GROUP, Keys
-from persistence.redis.partitions import Gathered, Partitions
+from persistence.redis.partitions import Partitions
 from persistence.redis.pool import Argument
 from persistence.redis.scripts import Scripts
-
-log = structlog.get_logger()
 
 CLAIM_IDLE_MS = 10_000
 """A worker that has not touched its pending records for so long is taken for dead, and another one claims them."""
@@ -33,13 +31,20 @@ class Taken(msgspec.Struct):
 
 class Backlog(msgspec.Struct):
     """Records on the outbox, their bytes, the age of the oldest in `lag_ms`, and the number of dead letters; without those
-    of `unreachable` partitions."""
+    of the partitions that are `unreachable`."""
 
     records: int
     bytes: int
     lag_ms: int
     dead: int
     unreachable: int = 0
+
+
+class Waiting(NamedTuple):
+    """The sessions with records on the outbox, None when there are too many; how many partitions are not among it."""
+
+    session_ids: set[str] | None
+    unreachable: int
 
 
 class DeadLetter(msgspec.Struct):
@@ -56,12 +61,11 @@ class DeadLetter(msgspec.Struct):
 class Outbox:
     """The outboxes of all partitions, for one `consumer` of the group."""
 
-    def __init__(self, scripts: Scripts, keys: Keys, consumer: str = "") -> None:
+    def __init__(self, scripts: Scripts, keys: Keys, consumer: str = "", partitions: Partitions | None = None) -> None:
         self._scripts = scripts
         self._keys = keys
         self._consumer = consumer
-        self.partitions = range(keys.partitions)
-        self._reachable = Partitions(keys.partitions)
+        self.partitions = partitions or Partitions(scripts, keys)
 
     async def take(self, partition: int, count: int, *, claim: bool = False, after: bytes = b"0") -> Taken:
         """Up to `count` records: this consumer's pending ones behind the entry `after`; if it has none, new ones, and with
@@ -138,21 +142,22 @@ class Outbox:
         return bool(reply[0] == "moved")
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
-        """The oldest dead letters, up to `limit` of each partition that can be reached."""
+        """The oldest dead letters, up to `limit` of each partition that can be reached. Raises RedisUnavailable when none
+        can."""
+        return (await self.find_dead_letters(limit))[0]
 
-        async def letters(partition: int) -> list[DeadLetter]:
-            return [self._letter(partition, *one) for one in await self._range(self._keys.dead(partition), limit)]
+    async def find_dead_letters(self, limit: int = 100) -> tuple[list[DeadLetter], int]:
+        """As `dead_letters`, and the number of partitions that cannot be reached."""
+        found, unreachable = await self.partitions.each(lambda partition: self._dead_letters(partition, limit))
+        return list(chain.from_iterable(found)), len(unreachable)
 
-        found, unreachable = await self._reachable.gather(letters)
-        if unreachable:
-            log.warning("outbox.partitions_unreachable", partitions=unreachable)
-        return list(chain.from_iterable(found))
-
-    @staticmethod
-    def _letter(partition: int, entry: bytes, fields: list[bytes]) -> DeadLetter:
-        text = {name: value.decode(errors="replace") for name, value in _pairs(fields)}
-        named = (text.get(name, "") for name in (b"session_id", b"fact", b"reason", b"died_at"))
-        return DeadLetter(partition, entry.decode(), *named)
+    async def _dead_letters(self, partition: int, limit: int) -> list[DeadLetter]:
+        found = []
+        for entry, fields in await self._range(self._keys.dead(partition), limit):
+            text = {name: value.decode(errors="replace") for name, value in _pairs(fields)}
+            names = (b"session_id", b"fact", b"reason", b"died_at")
+            found.append(DeadLetter(partition, entry.decode(), *(text.get(name, "") for name in names)))
+        return found
 
     async def retry_dead(self, letter: DeadLetter) -> bool:
         """Puts a dead letter back on the outbox; whether it still existed."""
@@ -161,37 +166,37 @@ class Outbox:
         reply = await self._scripts.run("retry_dead", session_id, keys, {"dead_entry": letter.entry})
         return bool(reply[0] == "queued")
 
-    async def session_ids(self, limit: int) -> Gathered[list[str]] | None:
-        """The sessions with records on the outboxes that can be reached; None when those have more than `limit` records."""
-
-        async def read(partition: int) -> list[list[bytes]]:
-            return [fields for _, fields in await self._range(self._keys.outbox(partition), limit + 1)]
-
-        lists, unreachable = await self._reachable.gather(read)
+    async def session_ids(self, limit: int) -> Waiting:
+        """The sessions with records on the outbox, unless it has more than `limit` records. Raises RedisUnavailable when no
+        partition can be reached."""
+        lists, unreachable = await self.partitions.each(
+            lambda partition: self._range(self._keys.outbox(partition), limit + 1)
+        )
         if sum(map(len, lists)) > limit:
-            return None
-        records = chain.from_iterable(lists)
-        named = (value.decode() for fields in records for name, value in _pairs(fields) if name == b"session_id")
-        return Gathered([sorted(set(named))], unreachable)
+            return Waiting(None, len(unreachable))
+        found: set[str] = set()
+        for _, fields in chain.from_iterable(lists):
+            found.update(value.decode() for name, value in _pairs(fields) if name == b"session_id")
+        return Waiting(found, len(unreachable))
 
     async def backlog(self, now_ms: int) -> Backlog:
-        """How far Postgres is behind, over all partitions that can be reached, at `now_ms` (Unix time)."""
-
-        async def measure(partition: int) -> Backlog:
-            outbox = self._keys.outbox(partition)
-            oldest = await self._range(outbox, 1)
-            lag_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
-            dead = await self._length(self._keys.dead(partition))
-            return Backlog(await self._length(outbox), await self._bytes(partition), lag_ms, dead)
-
-        found, unreachable = await self._reachable.gather(measure)
+        """How far Postgres is behind, over all partitions that can be reached, at `now_ms` (Unix time). Raises
+        RedisUnavailable when none can."""
+        parts, unreachable = await self.partitions.each(lambda partition: self._backlog(partition, now_ms))
         return Backlog(
-            sum(one.records for one in found),
-            sum(one.bytes for one in found),
-            max((one.lag_ms for one in found), default=0),
-            sum(one.dead for one in found),
-            unreachable,
+            sum(part.records for part in parts),
+            sum(part.bytes for part in parts),
+            max((part.lag_ms for part in parts), default=0),
+            sum(part.dead for part in parts),
+            len(unreachable),
         )
+
+    async def _backlog(self, partition: int, now_ms: int) -> Backlog:
+        outbox = self._keys.outbox(partition)
+        records, counted = await self._length(outbox), await self._bytes(partition)
+        dead, oldest = await self._length(self._keys.dead(partition)), await self._range(outbox, 1)
+        lag_ms = now_ms - int(oldest[0][0].split(b"-")[0]) if oldest else 0
+        return Backlog(records, counted, lag_ms, dead)
 
     async def _length(self, key: str) -> int:
         return int(await self._scripts.command("XLEN", key))

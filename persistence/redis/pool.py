@@ -10,6 +10,7 @@ call a new connection asks its server who it is: only masters are used, and none
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from time import monotonic
 from typing import Any, Protocol
 
@@ -32,9 +33,10 @@ from redis.exceptions import (
 from redis.exceptions import ConnectionError as Disconnected
 from redis.exceptions import TimeoutError as TimedOut
 
+from persistence.errors import RedisUnavailable
 from persistence.redis.connection import BACKOFF, CONNECT_TIMEOUT_S, REPLY_TIMEOUT_S, RETRIES, Client, call, translated
 from persistence.retry import Attempts
-from persistence.tasks import gather_bounded, retrieve
+from persistence.tasks import retrieve
 
 log = structlog.get_logger()
 
@@ -71,9 +73,13 @@ class Pool(Protocol):
         be sent more than once, so repeating them has to be safe. Raises RedisUnavailable."""
         ...
 
+    def server_of(self, key: str) -> str:
+        """A name of the server that has `key` as far as is known: calls with the same name fail together."""
+        ...
+
     async def check(self, *, anew: bool = False) -> None:
         """Asks every server in use who it is now, and the Sentinels who is master; with `anew` so does every connection
-        before its next call. Raises RedisUnavailable."""
+        before its next call. Raises RedisUnavailable, on a cluster when no server answers."""
         ...
 
     async def switched(self) -> None:
@@ -217,18 +223,27 @@ def pack(commands: Sequence[Command]) -> bytes:
 
 
 class _BoundedPool:
-    """What both kinds of pools have in common: so many calls at a time, each bounded in time, and repeated."""
+    """What both kinds of pools have in common: so many calls of a server at a time, each bounded in time, and repeated."""
 
     def __init__(self, concurrency: int) -> None:
-        self._free = asyncio.Semaphore(concurrency)
+        self._concurrency = concurrency
+        # By server: calls that wait for one that hangs must not take the places of those of the others.
+        self._free: dict[str, asyncio.Semaphore] = {}
+
+    def server_of(self, key: str) -> str:
+        return ""
 
     async def execute(self, commands: Sequence[Command], key: str, timeout_s: float) -> list[Any]:
         deadline_s = monotonic() + timeout_s
         attempts: Attempts | None = None
+        name = self.server_of(key)
+        free = self._free.get(name)
+        if free is None:
+            free = self._free[name] = asyncio.Semaphore(self._concurrency)
         with translated():
             # Many calls may wait for a Redis that hangs, none of them longer than its own time.
-            async with asyncio.timeout(timeout_s) if self._free.locked() else nullcontext():
-                await self._free.acquire()
+            async with asyncio.timeout(timeout_s) if free.locked() else nullcontext():
+                await free.acquire()
             try:
                 while True:
                     left_s = deadline_s - monotonic()
@@ -242,7 +257,7 @@ class _BoundedPool:
                         pause_s = attempts.next_pause_s(error)
                     await asyncio.sleep(pause_s)
             finally:
-                self._free.release()
+                free.release()
 
     async def _send(self, commands: Sequence[Command], key: str) -> list[Any]:
         raise NotImplementedError
@@ -344,6 +359,10 @@ class ClusterPool(_BoundedPool):
         self._servers: dict[str, tuple[ClusterNode, Server]] = {}
         self._refreshed_at = 0.0
 
+    def server_of(self, key: str) -> str:
+        nodes = self._client.nodes_manager.slots_cache.get(key_slot(key.encode()))
+        return nodes[0].name if nodes else ""
+
     async def _send(self, commands: Sequence[Command], key: str) -> list[Any]:
         packed, count, slot = pack(commands), len(commands), key_slot(key.encode())
         if not self._client.nodes_manager.slots_cache:
@@ -419,10 +438,14 @@ class ClusterPool(_BoundedPool):
 
     async def check(self, *, anew: bool = False) -> None:
         # The map of slots is not asked for: that closes every connection. Who has lost a slot says so.
-        async def check() -> None:
-            await gather_bounded(server.check(anew=anew) for _, server in list(self._servers.values()))
-
-        await call(check, REPLY_TIMEOUT_S)
+        servers = [server for _, server in self._servers.values()]
+        checks = (call(partial(server.check, anew=anew), REPLY_TIMEOUT_S) for server in servers)
+        outcomes = await asyncio.gather(*checks, return_exceptions=True)
+        failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        for failure in failures:
+            # One server that is away is no reason to know nothing of the others.
+            if len(failures) == len(servers) or not isinstance(failure, RedisUnavailable):
+                raise failure
 
     async def switched(self) -> None:
         await asyncio.Event().wait()

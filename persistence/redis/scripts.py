@@ -80,6 +80,10 @@ class Scripts:
         self.texts[name] = text
         self._digests[name] = hashlib.sha1(text.encode()).hexdigest()  # noqa: S324
 
+    def server_of(self, key: str) -> str:
+        """A name of the server that has `key` as far as is known."""
+        return self._pool.server_of(key)
+
     async def check_servers(self) -> None:
         """Asks every server in use who it is now, and who is master. Raises PersistenceError."""
         await self._pool.check()

@@ -418,10 +418,10 @@ async def test_without_redis_requests_fail_soon(
 ) -> None:
     assert (await chat(client, SESSION_ID)).status_code == 200
     if agent_known:
-        pod.stores.agents._clock = lambda: 0.0
+        pod.stores.agents._definitions._clock = lambda: 0.0
         await pod.stores.agents.load("shop")
     else:
-        pod.stores.agents._known.clear()
+        pod.stores.agents._definitions.clear()
     await asyncio.to_thread(redis_server.kill if how == "killed" else redis_server.pause)
     try:
         outcomes = await ask_everything(client, SESSION_ID)

@@ -214,7 +214,7 @@ async def list_dead(stores: Stores) -> Any:
 
 
 async def find_waiting(stores: Stores) -> Any:
-    return await stores.outbox.session_ids(1000)
+    return (await stores.outbox.session_ids(1000)).session_ids
 
 
 READINGS: dict[str, tuple[Callable[[Stores], Awaitable[Any]], list[str | int]]] = {

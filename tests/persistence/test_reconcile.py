@@ -389,7 +389,7 @@ async def test_records_taken_in_another_epoch_are_not_acknowledged(stores: Store
 
 
 def sweep_of(stores: Stores) -> Sweep:
-    return Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator)
+    return Sweep(stores.scripts, stores.keys, stores.sessions, stores.postgres, stores.hydrator, stores.partitions)
 
 
 async def test_an_erased_session_is_swept_away_though_nobody_comes_back(stores: Stores, flush: Flush) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-FOLDERS = ("browser", "faults", "fuzz", "chaos", "attacks", "dev")
+FOLDERS = ("browser", "faults", "shards", "fuzz", "chaos", "attacks", "dev")
 FILES = (
     "test_model",
     "test_erase",

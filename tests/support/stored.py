@@ -210,6 +210,7 @@ def housekeeping_of(stores: Stores, session_timeout_s: float) -> Housekeeping:
         stores.sessions,
         stores.postgres,
         stores.agent_copies,
+        stores.partitions,
         session_timeout_s=session_timeout_s,
     )
 
@@ -224,4 +225,5 @@ def history_of(stores: Stores) -> History:
         stores.postgres,
         stores.hydrator,
         stores.outbox,
+        stores.partitions,
     )

@@ -29,6 +29,7 @@ from persistence.redis.agent_copies import AgentCopies
 from persistence.redis.connection import connect
 from persistence.redis.keys import Keys
 from persistence.redis.outcomes import Begun, Hot, Opened
+from persistence.redis.partitions import Partitions
 from persistence.redis.scripts import Scripts
 from persistence.worker import Worker
 from tests.support.layer import OPERATOR, POLICY, Layer, new_session, new_turn
@@ -96,7 +97,10 @@ class Version(Layer):
         copies = AgentCopies(self.scripts, self.keys)
         self.postgres = Postgres(database_url, timeout_s=30, fields=fields)
         self.hydrator = Hydrator(self.sessions, self.postgres, copies)
-        jobs = Housekeeping(self.scripts, self.keys, self.sessions, self.postgres, copies, session_timeout_s=3600)
+        partitions = Partitions(self.scripts, self.keys)
+        jobs = Housekeeping(
+            self.scripts, self.keys, self.sessions, self.postgres, copies, partitions, session_timeout_s=3600
+        )
         self.worker = Worker(self.outbox, self.postgres, self.sessions, jobs, fields=fields)
 
     async def session(self, session_id: str) -> Session:
