@@ -38,9 +38,6 @@ class Metrics:
         self.outbox_lag_seconds = Gauge(
             "gateway_outbox_lag_seconds", "Age in seconds of the oldest record not in Postgres yet", registry=self.registry
         )
-        self.partitions_unreachable = Gauge(
-            "gateway_partitions_unreachable", "Partitions that could not be reached just now", registry=self.registry
-        )
         self.dead_letters = Gauge("gateway_dead_letters", "Records that Postgres refused", registry=self.registry)
         self.partitions_unreachable = Gauge(
             "gateway_partitions_unreachable",
