@@ -20,6 +20,12 @@ STEADY_S = 5.0
 """A task that has run for so long since its last failure is up."""
 
 
+def told(error: Exception) -> str:
+    """What may be logged of an error: the text only of this package's own, for that of others may quote a visitor."""
+    name = type(error).__name__
+    return f"{name}: {error}" if isinstance(error, PersistenceError) else name
+
+
 class Supervisor:
     """The long-lived tasks of a process, by name."""
 
@@ -45,22 +51,28 @@ class Supervisor:
         attempts = Attempts(BACKOFF)
         while True:
             began_at = monotonic()
+            failed: Exception
             try:
                 await run()
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                # Something that the task waits for was cancelled, and not the task.
+                failed = RuntimeError("cancelled within")
             except Exception as error:
-                if monotonic() - began_at > STEADY_S:
-                    attempts.reset()
-                await self.failed(name, error, attempts.next_pause_s(error))
+                failed = error
             else:
                 self._failed_at.pop(name, None)
                 return
+            if monotonic() - began_at > STEADY_S:
+                attempts.reset()
+            await self.failed(name, failed, attempts.next_pause_s(failed))
 
     async def failed(self, name: str, error: Exception, pause_s: float) -> None:
         """Says that a task has failed, and waits before it starts again."""
         foreseen = isinstance(error, PersistenceError)
-        log.error(
-            "task.failed", task=name, error=f"{type(error).__name__}: {error}", retry_in_s=pause_s, exc_info=not foreseen
-        )
+        log.error("task.failed", task=name, error=told(error), retry_in_s=pause_s, exc_info=None if foreseen else error)
         self._failed_at[name] = monotonic()
         self._pausing.add(name)
         try:

@@ -36,7 +36,8 @@ class Watch:
             self._switched = asyncio.ensure_future(self._scripts.switched())
         await asyncio.wait({self._switched}, timeout=EVERY_S)
         if self._switched.done():
-            self._switched = None
+            switched, self._switched = self._switched, None
+            switched.result()
         await self.look()
 
     def close(self) -> None:

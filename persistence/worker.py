@@ -19,6 +19,7 @@ from persistence.redis.outbox import CLAIM_IDLE_MS, Outbox
 from persistence.redis.partitions import Reached
 from persistence.redis.sessions import SessionStore
 from persistence.retry import Attempts, Backoff
+from persistence.supervisor import told
 from persistence.sweep import Sweep
 from persistence.tasks import gather_bounded
 from persistence.watch import Watch
@@ -108,7 +109,7 @@ class Worker:
             except Exception as error:
                 # Whatever it is, the other loops go on, and so does this one.
                 pause_s = attempts.next_pause_s(error)
-                log.error("task.failed", task=what, error=f"{type(error).__name__}: {error}", exc_info=True)
+                log.error("task.failed", task=what, error=told(error), exc_info=True)
                 if attempts.failures % UNHEALTHY == 0:
                     log.error("worker.not_healthy", task=what, failures=attempts.failures)
             if pause_s > 0:

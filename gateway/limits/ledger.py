@@ -170,14 +170,28 @@ class Ledger:
             sent[f"day:{agent_id}"] = DayUpdate(days[agent_id])
         if not sent:
             return
-        received, error = await self._shared.sync(sent)
+        received: dict[str, SharedValue] = {}
+        try:
+            received, error = await self._shared.sync(sent)
+            self._note(error, monotonic())
+        finally:
+            # Whatever ended it, what was not sent is part of the next sync.
+            self._take_over(received, buckets, turns, usages, days)
+
+    def _take_over(
+        self,
+        received: Mapping[str, SharedValue],
+        buckets: Mapping[str, Bucket],
+        turns: Mapping[str, int],
+        usages: Mapping[str, AgentUsage],
+        days: Mapping[str, int],
+    ) -> None:
+        """Takes over what all pods have charged; makes pending again what was taken out and has no new value."""
         now = monotonic()
-        self._note(error, now)
         for key, bucket in buckets.items():
             if key in received:
                 bucket.sync(received[key].value, now)
             else:
-                # Not sent: part of the next sync.
                 bucket.restore_pending(turns[key], now)
                 if self._buckets.get(key) is bucket:
                     self._pending.add(key)

@@ -47,6 +47,10 @@ class Aborts:
                     if self._draining:
                         return
                     await attempts.pause(error)
+                except Exception:
+                    # The lease ends the turn, as it would end a dead pod's.
+                    log.error("turn.abort_failed", turn_id=turn_id, exc_info=True)
+                    return
 
     def begin_drain(self) -> None:
         """From now on an abort that fails is not tried again."""

@@ -134,6 +134,10 @@ class Turns:
         except asyncio.CancelledError:
             outcome = "cancelled"
             raise
+        except Exception:
+            # Of a streamed turn nobody else sees it.
+            log.error("turn.crashed", turn_id=turn.id, exc_info=True)
+            raise
         finally:
             self._account(turn, outcome, cause, monotonic() - started_s)
         return result

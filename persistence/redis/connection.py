@@ -131,8 +131,9 @@ class NewestSentinel(Sentinel):
                     if message is not None:
                         return
                     await pubsub.ping()
-            except (RedisError, OSError):
-                # It may be down for long; the master is asked for every second all the same.
+            except Exception:
+                # Of any type, as with stray bytes: whoever waits would take the end of this for news. A Sentinel may be down
+                # for long; the master is asked for every second all the same.
                 await asyncio.sleep(LISTEN_S)
             finally:
                 await pubsub.aclose()  # type: ignore[no-untyped-call]

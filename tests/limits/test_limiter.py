@@ -836,3 +836,24 @@ async def test_sessions_are_charged_when_they_are_created_and_only_then(
     # Who has a session goes on.
     await say(pod.client, known)
     assert (await pod.client.post("/api/sessions", json={"agent_id": "shop", "session_id": known})).status_code == 200
+
+
+async def test_what_a_sync_that_breaks_off_had_taken_out_is_part_of_the_next(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it breaks off with: a limit is not lifted by a fault."""
+    shared = SharedLimits(stores.scripts, stores.keys)
+    ledger, limit = Ledger(shared), RateLimit(10, 60)
+    bucket = ledger.bucket("address:192.0.2.1", limit)
+    ledger.charge("address:192.0.2.1", bucket, monotonic())
+
+    async def broken(updates: object) -> None:
+        raise KeyError("unforeseen")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shared, "sync", broken)
+        with pytest.raises(KeyError):
+            await ledger.sync()
+    assert (ledger.pending, bucket.pending) == (1, 1)
+    await ledger.sync()
+    assert (ledger.pending, bucket.pending) == (0, 0)

@@ -1,10 +1,12 @@
 """Turns that outlive their lease, or their session."""
 
+import asyncio
 from datetime import datetime
 from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from gateway.app import Stores
 from tests.conftest import PutAgent
@@ -98,6 +100,30 @@ async def test_a_turn_longer_than_its_lease_renews_it_and_is_committed(
     await pod.gated.has_started("Hello")
     await lease_over(stores, (await fields_of(stores, SESSION_ID))["turn_lease_until"])
     assert outcome(await other.ask("Other", SESSION_ID, if_busy="reject")) == (409, "turn_in_progress")
+    pod.gated.open()
+    assert outcome(await sent) == (200, "Answer to Hello")
+
+
+async def test_a_renewal_that_fails_in_an_unforeseen_way_is_repeated(
+    start_pod: StartPod, put_agent: PutAgent, stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await put_agent(graph="gated")
+    pod, other = await start_pod(lease_s=2), await start_pod(lease_s=2)
+    renew, failed = pod.stores.sessions.renew, asyncio.Event()
+
+    async def fails_once(*arguments: Any) -> bool:
+        if not failed.is_set():
+            failed.set()
+            raise KeyError("unforeseen")
+        return await renew(*arguments)
+
+    monkeypatch.setattr(pod.stores.sessions, "renew", fails_once)
+    with capture_logs() as lines:
+        sent = pod.send("Hello", SESSION_ID)
+        await pod.gated.has_started("Hello")
+        await lease_over(stores, (await fields_of(stores, SESSION_ID))["turn_lease_until"])
+        assert outcome(await other.ask("Other", SESSION_ID, if_busy="reject")) == (409, "turn_in_progress")
+    assert [line["log_level"] for line in lines if line["event"] == "turn.renew_failed"] == ["error"]
     pod.gated.open()
     assert outcome(await sent) == (200, "Answer to Hello")
 
