@@ -9,6 +9,7 @@ from uuid_utils.compat import uuid7
 
 from gateway.app import Stores, build_worker
 from gateway.settings import Settings
+from persistence.errors import DataRefused
 from persistence.history import History
 from persistence.housekeeping import Housekeeping
 from persistence.hydrator import Hydrated
@@ -110,9 +111,13 @@ async def take(stores: Stores, count: int = 500, *, claim: bool = False) -> list
 
 
 async def store_records(stores: Stores, records: Sequence[Record]) -> None:
-    """What a worker does second: one transaction."""
-    async with stores.postgres.transaction(30) as transaction:
-        await transaction.flush(records)
+    """What a worker does second: one transaction, once more when another inserted the same new session at the same moment."""
+    try:
+        async with stores.postgres.transaction(30) as transaction:
+            await transaction.flush(records)
+    except DataRefused:
+        async with stores.postgres.transaction(30) as transaction:
+            await transaction.flush(records)
 
 
 async def mark(stores: Stores, records: Sequence[Record]) -> int:
