@@ -111,7 +111,7 @@ async def take(stores: Stores, count: int = 500, *, claim: bool = False) -> list
 
 
 async def store_records(stores: Stores, records: Sequence[Record]) -> None:
-    """What a worker does second: one transaction, once more when another inserted the same new session at the same moment."""
+    """What a worker does second: one transaction; once more, for another may insert the same new session at that moment."""
     try:
         async with stores.postgres.transaction(30) as transaction:
             await transaction.flush(records)
