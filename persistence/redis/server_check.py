@@ -9,7 +9,7 @@ import msgspec
 import structlog
 from redis.asyncio import RedisCluster
 
-from persistence.errors import CommandRefused, UnsuitableRedis
+from persistence.errors import CommandRefused, RedisUnavailable, UnsuitableRedis
 from persistence.model.fields import FORMAT
 from persistence.redis.connection import Client, call
 from persistence.redis.keys import Keys
@@ -55,18 +55,31 @@ async def check_server(client: Client, keys: Keys, *, replicas: int = 0) -> None
         refuse_unsuitable(facts)
         for weakness in weaknesses(facts, replicas):
             log.warning(weakness.event, **weakness.facts, consequence=weakness.consequence, remedy=weakness.remedy)
-    await check_meta(client, keys)
+    try:
+        await check_meta(client, keys)
+    except RedisUnavailable as error:
+        if not isinstance(client, RedisCluster):
+            raise
+        # It lies on a shard that is away: the pods that were there before have recorded it.
+        log.warning("redis.meta_unreachable", error=str(error))
 
 
 async def read_servers(client: Client) -> list[ServerFacts]:
-    """The facts of every master. Raises RedisUnavailable or CommandRefused."""
+    """The facts of every master; of a cluster of those that can be reached, for one dead shard keeps no pod from starting.
+    Raises RedisUnavailable or CommandRefused."""
     if not isinstance(client, RedisCluster):
         return [await _read_node("Redis", client.execute_command)]
     await call(client.initialize, CHECK_TIMEOUT_S)
-    return [
-        await _read_node(f"Redis {node.name}", partial(client.execute_command, target_nodes=node))
-        for node in client.get_primaries()
-    ]
+    found, failures = [], []
+    for node in client.get_primaries():
+        try:
+            found.append(await _read_node(f"Redis {node.name}", partial(client.execute_command, target_nodes=node)))
+        except RedisUnavailable as error:
+            failures.append(error)
+            log.warning("redis.server_unreachable", server=node.name, error=str(error))
+    if failures and not found:
+        raise failures[0]
+    return found
 
 
 async def _read_node(name: str, execute: Callable[..., Awaitable[Any]]) -> ServerFacts:
