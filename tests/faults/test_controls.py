@@ -67,22 +67,6 @@ class Control:
     min_replicas: bool = False
 
 
-FORGOTTEN = {"lost", "doubled", "out_of_order", "left_over", "unexpected"}
-"""What shows when nobody compares a Redis that has forgotten with Postgres."""
-
-UNNOTICED = Edit(
-    "persistence/lua/settle.lua",
-    "local over = epoch == 0 or server ~= args.server or ",
-    "local over = epoch == 0 or ",
-)
-"""A server that was started again, or promoted, is taken for the one before."""
-UNRESCUED = Edit(
-    "persistence/rescue.py",
-    "                while monotonic() - began_at < LAST_S:\n",
-    "                while False:\n",
-)
-"""The records of a former master are left where they are."""
-
 CONTROLS = {
     "the answer is given before its record is on the outbox": Control(
         [
@@ -215,37 +199,6 @@ CONTROLS = {
         ],
         ("field-damaged",),
         {"out_of_order"},
-    ),
-    "Redis has forgotten what Postgres knows, and nobody looks": Control([UNNOTICED], ("rollback",), FORGOTTEN, seconds=20),
-    "a turn whose place another has dies": Control(
-        [UNNOTICED, Edit("persistence/repair.py", '("idx_messages_session", "idx_sessions_session_id")', "()")],
-        ("rollback",),
-        {"lost", "left_over"},
-        seconds=20,
-    ),
-    "a demoted master is written to": Control(
-        [
-            Edit("persistence/watch.py", "        await self._scripts.check_servers()\n", ""),
-            Edit("persistence/redis/pool.py", "return master is not None and (getattr(", "return False and (getattr("),
-            UNRESCUED,
-            LATE,
-            ASLEEP,
-        ],
-        ("failover-planned",),
-        FORGOTTEN,
-        seconds=30,
-        topology="sentinel",
-    ),
-    "what a former master answered is left with it": Control(
-        [UNRESCUED, LATE, ASLEEP], ("failover-planned",), FORGOTTEN, seconds=40, topology="sentinel"
-    ),
-    "a turn is answered before a replica has it": Control(
-        [Edit("persistence/redis/scripts.py", "if durable and self._replicas:", "if False:"), LATE, ASLEEP],
-        ("replicas-cut-off",),
-        {"lost"},
-        seconds=40,
-        topology="sentinel",
-        replicas=1,
     ),
 }
 
