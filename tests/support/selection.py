@@ -33,7 +33,16 @@ TESTS = (
     "test_a_graph_that_swallows_its_cancellation_does_not_keep_a_pod_from_ending",
     "test_a_graph_that_exits_ends_its_turn_and_not_the_pod",
 )
-FIRST = ("test_controls", "test_controls_failover", "test_model", "test_rolling_restart", "test_access", "test_answers", "test_streams", "test_stores")
+FIRST = (
+    "test_controls",
+    "test_controls_failover",
+    "test_model",
+    "test_rolling_restart",
+    "test_access",
+    "test_answers",
+    "test_streams",
+    "test_stores",
+)
 
 
 def takes_long(path: Path) -> bool:
