@@ -96,7 +96,14 @@ def run(folder: Path, *command: str, **files: str) -> tuple[int, str]:
         [sys.executable, "-m", *command],
         check=False,
         cwd=folder,
-        env={**environment, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        # A folder for temporary files of its own: pytest takes the rights of the shared one from everybody else, and PostgreSQL
+        # of the tests beside this may run as another user.
+        env={
+            **environment,
+            "PYTHONPATH": str(ROOT),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_DEBUG_TEMPROOT": str(folder),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
