@@ -96,8 +96,8 @@ def run(folder: Path, *command: str, **files: str) -> tuple[int, str]:
         [sys.executable, "-m", *command],
         check=False,
         cwd=folder,
-        # A folder for temporary files of its own: pytest takes the rights of the shared one from everybody else, and PostgreSQL
-        # of the tests beside this may run as another user.
+        # A folder for temporary files of its own: pytest takes the rights of the shared one from everybody else, and the
+        # PostgreSQL of the tests beside this may run as another user.
         env={
             **environment,
             "PYTHONPATH": str(ROOT),
