@@ -4,7 +4,7 @@ import asyncio
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,7 +19,7 @@ from gateway.dev.servers.ports import free_port
 from gateway.dev.servers.postgres import PostgresServer
 from gateway.dev.servers.redis import RedisServer
 from gateway.settings import Settings
-from persistence.errors import PostgresUnavailable
+from persistence.errors import PostgresUnavailable, RedisUnavailable
 from persistence.worker import Worker
 from tests.conftest import TABLES, PutAgent, migrated_server
 from tests.support.links import Link
@@ -380,7 +380,10 @@ async def test_a_turn_that_fails_while_redis_is_away_lets_its_session_go_when_it
         assert (answer.status_code, answer.json()["code"]) == (502, "graph_failed")
 
         async def idle() -> bool:
-            return not (await read(stores, SESSION_ID)).running
+            # It may be loading its data yet.
+            with suppress(RedisUnavailable):
+                return not (await read(stores, SESSION_ID)).running
+            return False
 
         await wait_for(idle, "the session is let go")
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis, RedisCluster
+from redis.asyncio.connection import AbstractConnection
 from structlog.testing import capture_logs
 
 from gateway.dev.servers import redis as redis_module
@@ -21,7 +22,7 @@ from persistence.model.session import Session
 from persistence.redis.connection import call, connect, connection_options
 from persistence.redis.keys import Keys
 from persistence.redis.outcomes import Committed, Hot, Opened
-from persistence.redis.pool import HeldPool
+from persistence.redis.pool import HeldPool, Server
 from persistence.redis.scripts import Scripts
 from persistence.redis.sessions import SessionStore
 from tests.support.layer import ACCESS, OPERATOR, POLICY, Layer, new_id, new_session, new_turn, redis_layer
@@ -335,8 +336,14 @@ async def on_careless(
     layer: Layer,
     cluster: redis_module.RedisCluster,
     on_cluster: Layer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncIterator[Layer]:
     """Either kind of Redis, by a client whose cancelled calls leave their replies to others."""
+
+    async def unasked(server: Server, connection: AbstractConnection) -> None:
+        """A connection that was cut off asks who its server is, and finds the stray reply then."""
+
+    monkeypatch.setattr(Server, "_meet", unasked)
     single = request.param == "single"
     client = await careless((redis_server if single else cluster).url)
     yield Layer(client, (layer if single else on_cluster).keys)
