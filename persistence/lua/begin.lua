@@ -95,8 +95,9 @@ end
 -- Generic cell rate algorithm (ITU-T I.371): one timestamp a session, a burst of the whole limit.
 local rate_tat_ms, rate_ahead_ms = session.rate_tat_ms, 0
 if tonumber(args.rate_messages) > 0 then
-  -- The whole window is the most that it can be charged ahead, unless the clock was set back since.
-  local charged_until = math.min(tonumber(rate_tat_ms) or 0, now + args.rate_ms)
+  -- The whole window is the most that it can be charged ahead. More means that the clock was set back: it begins anew.
+  local charged_until = tonumber(rate_tat_ms) or 0
+  if charged_until > now + args.rate_ms then charged_until = 0 end
   local tat = math.max(charged_until, now) + args.rate_ms / args.rate_messages
   local wait = tat - args.rate_ms - now
   rate_ahead_ms = tat - now

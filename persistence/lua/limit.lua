@@ -21,8 +21,9 @@ local now = now_ms()
 
 local function rate(limit_key, cost, interval_ms, most_ms)
   local charged_until = tonumber(redis.call('GET', limit_key) or 0) or 0
-  -- No limit is charged that far ahead, unless the clock was set back since.
-  local ahead = math.max(math.min(math.max(charged_until - now, 0), most_ms) + cost * interval_ms, 0)
+  -- No limit is charged that far ahead: the clock was set back, and it begins anew.
+  if charged_until > now + most_ms then charged_until = 0 end
+  local ahead = math.max(math.max(charged_until - now, 0) + cost * interval_ms, 0)
   if ahead == 0 then
     redis.call('DEL', limit_key)
   else

@@ -1333,9 +1333,7 @@ async def test_a_lease_and_a_limit_in_the_future_are_shortened(layer: Layer) -> 
     left_ms = ms_of((await layer.fields(session_id))["turn_lease_until"]) - await layer.redis_ms()
     assert left_ms <= layer.sessions.lease_ms
     await layer.set(session_id, turn_lease_until=iso(0))
-    limited = await layer.sessions.begin(session_id, "another", ACCESS, policy)
-    assert isinstance(limited, Refused)
-    assert limited.retry_after_ms <= 5_000
+    assert isinstance(await layer.sessions.begin(session_id, "another", ACCESS, policy), Begun)
 
 
 async def test_a_shared_limit_in_the_future_is_shortened(layer: Layer) -> None:
@@ -1343,4 +1341,4 @@ async def test_a_shared_limit_in_the_future_is_shortened(layer: Layer) -> None:
     later = await layer.redis_ms() + 600_000
     await layer.client.execute_command("SET", layer.keys.limit("bucket"), later, "PX", 600_000)
     learned, _ = await limits.sync({"bucket": RateUpdate(1, 1000, 20_000)})
-    assert learned["bucket"].value <= 21_000
+    assert learned["bucket"].value == 1_000
